@@ -1,0 +1,143 @@
+"""Files in and out: images through Pillow, audio through soundfile, arrays as ``.npy``, anything else as bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.arrays import to_numpy
+from tersor.domains import Audio, Video, summary, unwrap
+from tersor.errors import InputError, MissingLibraryError
+from tersor.files import atomic_write
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2"}
+AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".aiff"}
+ARRAYS = {".npy"}
+
+
+def _library(name: str, package: str, why: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingLibraryError(f"{why} needs {package}, which is not installed: pip install {package}") from error
+
+
+def is_model(path: str | os.PathLike[str], method: Any) -> bool:
+    """Whether a path holds a whole network for a weight method: a folder with config.json, ``.safetensors`` or ``.gguf``."""
+    p = Path(path)
+    if "weight" not in getattr(method, "domains", ()):
+        return False
+    return (p.is_dir() and (p / "config.json").is_file()) or p.suffix in (".safetensors", ".gguf")
+
+
+def domain_of(path: str | os.PathLike[str]) -> str:
+    """The domain that a file's suffix stands for: image, audio, array or bytes."""
+    suffix = Path(path).suffix.lower()
+    return "image" if suffix in IMAGES else "audio" if suffix in AUDIO else "array" if suffix in ARRAYS else "bytes"
+
+
+def load(path: str | os.PathLike[str], method: Any = None) -> Any:
+    """Read a file into the array of its domain; raw bytes where the method takes nothing else.
+
+    Image: float32 C x H x W in [0, 1]; audio: :class:`tersor.Audio`; ``.npy``: the array; else bytes.
+    Raises OSError, :class:`tersor.InputError` (not readable as its suffix says), :class:`tersor.MissingLibraryError`.
+    """
+    p = Path(path)
+    if p.is_dir():
+        raise InputError(f"{p} is a folder; give a file, or a model folder (with config.json) and a method for weights")
+    takes = getattr(method, "domains", None)
+    domain = domain_of(p)
+    if takes is not None and domain not in takes and "bytes" in takes and not (domain == "array" and set(takes) - {"bytes", "text"}):
+        domain = "bytes"
+    if domain == "image":
+        return load_image(p)
+    if domain == "audio":
+        return load_audio(p)
+    if domain == "array":
+        try:
+            return np.load(p, allow_pickle=False)
+        except ValueError as error:
+            raise InputError(f"{p} is not a .npy file of numbers: {error}") from error
+    return p.read_bytes()
+
+
+def load_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image file as float32 C x H x W in [0, 1]: grey (C=1), RGB (3) or RGBA (4)."""
+    Image = _library("PIL.Image", "pillow", f"reading {path}")
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            if mode in ("I;16", "I", "F"):
+                raise InputError(f"{path} has {mode} pixels; allowed: 8-bit grey, RGB or RGBA")
+            target = "L" if mode in ("1", "L") else "RGBA" if "A" in mode or "transparency" in image.info else "RGB"
+            pixels = np.asarray(image.convert(target))
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"{path} cannot be read as an image: {error}") from error
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
+
+
+def load_audio(path: str | os.PathLike[str]) -> Audio:
+    """An audio file as float32 channels x samples in [-1, 1] with its sample rate."""
+    soundfile = _library("soundfile", "soundfile", f"reading {path}")
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} does not exist") from error
+        raise InputError(f"{path} cannot be read as audio: {error}") from error
+    return Audio(np.ascontiguousarray(samples.T), float(rate))
+
+
+def to_pixels(x: Any) -> np.ndarray:
+    """A float C x H x W image in [0, 1] as uint8 H x W x C, rounded and clipped."""
+    array = to_numpy(x)
+    return np.clip(np.rint(array * 255.0), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def save(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a decoded value to a file whose suffix fits it: image, audio, ``.npy`` (arrays), ``.safetensors`` (dicts), any (bytes).
+
+    The file is written aside and renamed. Raises :class:`tersor.InputError` where the suffix does not fit, OSError.
+    """
+    p = Path(path)
+    domain = domain_of(p)
+    if isinstance(value, (bytes, bytearray)):
+        with atomic_write(p) as file:
+            file.write(value)
+        return
+    if isinstance(value, dict):
+        if p.suffix != ".safetensors":
+            raise InputError(f"{len(value)} named tensors are written to a .safetensors file; given: {p.name}")
+        from safetensors.numpy import save as dump
+
+        with atomic_write(p) as file:
+            file.write(dump({k: np.ascontiguousarray(to_numpy(v)) for k, v in value.items()}))
+        return
+    array, rate, _ = unwrap(value)
+    array = to_numpy(array)
+    if domain == "image" and array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        Image = _library("PIL.Image", "pillow", f"writing {p}")
+        pixels = to_pixels(array)
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        name = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000"}.get(p.suffix.lower(), p.suffix[1:].upper())
+        with atomic_write(p) as file:
+            image.save(file, format=name)
+        return
+    if domain == "audio" and array.ndim == 2:
+        soundfile = _library("soundfile", "soundfile", f"writing {p}")
+        with atomic_write(p) as file:
+            soundfile.write(file, array.T, int(rate or 44100), format=p.suffix[1:].upper(), subtype="PCM_16")
+        return
+    if domain == "array":
+        with atomic_write(p) as file:
+            np.save(file, array, allow_pickle=False)
+        return
+    kind = "video" if isinstance(value, Video) else summary(array)
+    raise InputError(f"{kind} cannot be written as {p.name}; allowed: an image or audio suffix where the data is one, or .npy")

@@ -1,0 +1,206 @@
+"""What methods give back. One result type per kind, the same for every method."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import attrs
+import numpy as np
+
+if TYPE_CHECKING:
+    from tersor.kinds import Method
+
+
+@attrs.frozen
+class Spec:
+    """What was encoded: ``domain`` name, ``shape``, ``dtype`` name, and ``rate`` (Hz, or frames per second) or None."""
+
+    domain: str
+    shape: tuple[int, ...]
+    dtype: str
+    rate: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements (of bytes, in the domains ``bytes`` and ``text``)."""
+        return math.prod(self.shape)
+
+
+@attrs.define(eq=False)
+class Payload:
+    """What a codec's ``encode`` gives: the method with its configuration, what was encoded, and the parts of the file.
+
+    ``parts``: names to bytes, arrays or tensors; ``meta``: the method's scalars.
+    """
+
+    method: Method
+    spec: Spec
+    parts: dict[str, Any]
+    meta: dict[str, Any] = attrs.field(factory=dict)
+    state: bytes | None = None
+    check: int | None = None
+
+    def _header(self) -> Any:
+        from tersor.config import changed
+        from tersor.container import Header
+
+        m = self.method
+        distribution, version = m.origin()
+        return Header(
+            kind=m.kind, method=m.name, distribution=distribution, version=version, config_version=m.config_version,
+            config=changed(m), meta=self.meta, spec=self.spec, bitwise=m.bitwise, state=self.state, check=self.check,
+        )  # fmt: skip
+
+    def to_bytes(self) -> bytes:
+        """The ``.tsr`` file as bytes."""
+        from tersor.container import dumps
+
+        return dumps(self._header(), self.parts)
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the ``.tsr`` file (to a temporary file, then renamed); returns its size in bytes. Raises OSError."""
+        from tersor.container import write
+
+        return write(path, self._header(), self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the file in bytes, headers and checksum included: exactly ``len(self.to_bytes())``."""
+        from tersor.container import size
+
+        return size(self._header(), self.parts)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of the file for each element of what was encoded."""
+        return 8 * self.nbytes / self.spec.size if self.spec.size else math.inf
+
+    @classmethod
+    def from_bytes(cls, source: Any, **options: Any) -> Self:
+        """The payload in bytes or in a file; see :func:`tersor.decompress` for the options and the errors."""
+        from tersor.api import load_payload
+
+        return load_payload(source, **options)  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.spec.shape))
+        return f"<{type(self).__name__} {self.method}: {self.spec.domain} {shape} {self.spec.dtype} in {self.nbytes} bytes>"
+
+
+class Codes(Payload):
+    """What a quantizer's ``quantize`` gives: as :class:`Payload`, the parts being codes, scales, codebooks."""
+
+
+@attrs.define(eq=False)
+class Mask:
+    """What a pruner's ``prune`` gives: for each tensor a boolean array, True where the element is kept.
+
+    ``masks``: names to boolean arrays; a single tensor stands under the name ``""``.
+    """
+
+    method: Method
+    masks: dict[str, Any]
+
+    @property
+    def keep(self) -> float:
+        """The fraction of elements kept, over all tensors."""
+        total = sum(math.prod(m.shape) for m in self.masks.values())
+        return sum(int(m.sum()) for m in self.masks.values()) / total if total else 1.0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.masks[name]
+
+    @property
+    def mask(self) -> Any:
+        """The one mask, where a single tensor was pruned; ValueError for several."""
+        if len(self.masks) != 1:
+            raise ValueError(f"this result has {len(self.masks)} masks ({', '.join(self.masks)}); take one by name")
+        return next(iter(self.masks.values()))
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        from tersor.sparse import pack_mask
+
+        packed = {f"m/{name}": pack_mask(mask) for name, mask in self.masks.items()}
+        return packed, {"shapes": {name: list(mask.shape) for name, mask in self.masks.items()}}
+
+    def to_bytes(self) -> bytes:
+        """The masks alone as a ``.tsr`` file (read back by :func:`tersor.decompress` as a Mask)."""
+        parts, meta = self._parts()
+        return Payload(self.method, Spec("array", (), "bool"), parts, meta).to_bytes()
+
+    @property
+    def nbytes(self) -> int:
+        """``len(self.to_bytes())``."""
+        return len(self.to_bytes())
+
+    def __repr__(self) -> str:
+        return f"<Mask {self.method}: {len(self.masks)} tensors, keeps {self.keep:.4f}>"
+
+
+@attrs.define(eq=False)
+class Decoded:
+    """What a decoder gives: the output and what it cost.
+
+    ``tokens``: the new tokens (int64 array). ``calls``: forward calls of the source (the prompt's included).
+    ``steps``: rounds of the decoder's own loop. ``accepted``: drafted tokens that were kept. ``drafted``: tokens drafted.
+    ``draft_calls``: calls of a drafting model. ``seconds``: wall time.
+    """
+
+    tokens: np.ndarray
+    calls: int = 0
+    steps: int = 0
+    accepted: int = 0
+    drafted: int = 0
+    draft_calls: int = 0
+    seconds: float = 0.0
+    output: Any = None
+
+
+class Session(Protocol):
+    """One decoding session of a source: a sequence that grows, with whatever cache the model keeps for it."""
+
+    length: int
+    calls: int
+
+    def extend(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append ``tokens``; the logits after each of them, float32 n x vocabulary. One model call."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        ...
+
+
+class Source(Protocol):
+    """A sequence model that a decoder draws from.
+
+    ``vocabulary``: number of tokens; ``stop``: tokens that end the output (may be empty).
+    """
+
+    vocabulary: int
+    stop: frozenset[int]
+
+    def open(self) -> Session:
+        """A new, empty session."""
+        ...
+
+
+@attrs.frozen(eq=False)
+class Calibration:
+    """Data that a weight method is calibrated with.
+
+    ``inputs``: float samples x in, the inputs of the layer. ``gram``: their sum of outer products X^T X, float in x in, over
+    ``count`` samples, where the samples themselves are not kept. ``gradients``: of the shape of the weight (mean squared
+    gradients, for the methods that ask for them). ``layer``: the name of the layer. ``extra``: whatever else a driver gives.
+    """
+
+    inputs: Any = None
+    gram: Any = None
+    count: int = 0
+    gradients: Any = None
+    layer: str = ""
+    extra: Mapping[str, Any] = attrs.field(factory=dict)
+    progress: Callable[..., Any] | None = None
