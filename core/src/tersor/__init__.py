@@ -29,7 +29,7 @@ _WHERE = {
     ],
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from tersor.api import available, codec, compress, decoder, decompress, info, inspect, pruner, quantizer

@@ -117,7 +117,9 @@ def apply_method(m: Method, x: Any, calibration: Any = None) -> Payload:
         return m.encode(x, calibration)  # type: ignore[attr-defined, no-any-return]
     if m.kind == "codec":
         return m.encode(x)  # type: ignore[attr-defined, no-any-return]
-    raise InputError(f"{m.name} is a decoder: it draws tokens from a model and compresses nothing (tersor.decoder({m.name!r}).decode)")
+    raise InputError(
+        f"{m.name} is a decoder: it draws tokens from a model and compresses nothing (tersor.decoder({m.name!r}).decode)"
+    )
 
 
 def compress(
@@ -187,9 +189,7 @@ def restore(payload: Payload, limit: int | None = None) -> Any:
     return m.dequantize(payload, limit) if m.kind == "quantizer" else m.decode(payload, limit)
 
 
-def decompress(
-    source: Any, out: str | os.PathLike[str] | None = None, *, state: Any = None, limit: int | None = None
-) -> Any:
+def decompress(source: Any, out: str | os.PathLike[str] | None = None, *, state: Any = None, limit: int | None = None) -> Any:
     """The opposite of :func:`compress`: from bytes, a payload or the path of a ``.tsr`` file.
 
     ``out``: where to write the result (an image, audio, ``.npy`` or raw file by its suffix; a folder for a model); without it

@@ -134,7 +134,9 @@ def _typed(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribut
                 f"{self_.name}: {attribute.name}={value!r} is of type {type(value).__name__}; allowed: {words} (finite)"
             )
 
-        out.append(f.evolve(converter=attrs.Converter(convert, takes_self=True, takes_field=True), type=hints.get(f.name, f.type)))
+        out.append(
+            f.evolve(converter=attrs.Converter(convert, takes_self=True, takes_field=True), type=hints.get(f.name, f.type))
+        )
     return out
 
 

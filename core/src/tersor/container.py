@@ -111,7 +111,9 @@ def _dims(shape: Iterable[int]) -> bytes:
 
 
 def _pack_header(h: Header, align: int) -> bytes:
-    flags = _BITWISE * h.bitwise | _RATE * (h.spec.rate is not None) | _STATE * (h.state is not None) | _CHECK * (h.check is not None)
+    flags = (
+        _BITWISE * h.bitwise | _RATE * (h.spec.rate is not None) | _STATE * (h.state is not None) | _CHECK * (h.check is not None)
+    )
     distribution = "" if h.distribution == f"tersor-{h.method}" else h.distribution
     body = [
         bytes([KIND_CODES.index(h.kind), flags]),
@@ -275,7 +277,9 @@ def _head(view: memoryview) -> tuple[int, memoryview]:
     if bytes(view[:4]) != MAGIC:
         raise NotTersorFileError(f"not a .tsr file: it begins with {bytes(view[:4])!r}, not {MAGIC!r}")
     if view[4] != FORMAT:
-        raise UnsupportedVersionError(f"format version {view[4]}; this installation reads version {FORMAT}: pip install -U tersor")
+        raise UnsupportedVersionError(
+            f"format version {view[4]}; this installation reads version {FORMAT}: pip install -U tersor"
+        )
     cursor = _Cursor(view[5 : 5 + 10])
     try:
         length = cursor.varint()
@@ -364,8 +368,6 @@ def read(source: Any, verify: bool = True) -> tuple[Header, dict[str, memoryview
         if not _intact(view, header, end, length):
             raise ChecksumError("the checksum does not match: the file was changed after it was written")
     return header, parts
-
-
 
 
 def _intact(view: memoryview, header: Header, end: int, length: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from tersor.arrays import all_finite, dtype_name, is_float, is_torch
+from tersor.arrays import SIZES, all_finite, dtype_name, is_float, is_torch
 from tersor.errors import InputError
 
 
@@ -31,7 +31,7 @@ class Domain:
         if not hasattr(x, "dtype"):
             return False
         name = dtype_name(x)
-        fits = {"float": is_float(name), "integer": "int" in name, "any": True}[self.elements]
+        fits = {"float": is_float(name), "integer": "int" in name, "any": name in SIZES}[self.elements]
         return fits and self.ndim[0] <= len(x.shape) <= self.ndim[1]
 
     def check(self, x: Any, who: str) -> None:

@@ -85,7 +85,9 @@ def claims_of(name: str, kind: str | None = None) -> list[tuple[str, ClaimFuncti
         module: ModuleType = import_module(f"{package}.claims")
     except ModuleNotFoundError as error:
         if error.name != f"{package}.claims":
-            raise ClaimError(f"the claims of {name} need {error.name}, which is not installed: pip install {error.name}") from error
+            raise ClaimError(
+                f"the claims of {name} need {error.name}, which is not installed: pip install {error.name}"
+            ) from error
         raise ClaimError(f"{name} makes no claims (its package has no module {package}.claims)") from error
     found = [f for f in vars(module).values() if hasattr(f, "tersor_claim") and f.__module__ == module.__name__]
     return [(f.tersor_claim, f) for f in found]

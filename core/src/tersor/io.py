@@ -52,7 +52,12 @@ def load(path: str | os.PathLike[str], method: Any = None) -> Any:
         raise InputError(f"{p} is a folder; give a file, or a model folder (with config.json) and a method for weights")
     takes = getattr(method, "domains", None)
     domain = domain_of(p)
-    if takes is not None and domain not in takes and "bytes" in takes and not (domain == "array" and set(takes) - {"bytes", "text"}):
+    if (
+        takes is not None
+        and domain not in takes
+        and "bytes" in takes
+        and not (domain == "array" and set(takes) - {"bytes", "text"})
+    ):
         domain = "bytes"
     if domain == "image":
         return load_image(p)

@@ -84,6 +84,14 @@ class Method:
         """Small, quick (and where needed fitted) instances that the conformance kit exercises."""
         return [cls()]
 
+    def example_inputs(self) -> list[Any]:
+        """Inputs that the conformance kit uses beside those that it draws, for a method that takes few of the latter."""
+        return []
+
+    def bound(self, x: Any) -> float | None:
+        """The largest absolute error that decoding ``x`` may have, where the method promises one."""
+        return None
+
     @classmethod
     def origin(cls) -> tuple[str, str]:
         """Name and version of the distribution that the method comes from."""
@@ -227,7 +235,7 @@ class Method:
             if not isinstance(x, (bytes, bytearray)) or len(x) != spec.shape[0]:
                 raise CorruptPayloadError(f"{self.name}: decoding gave {summary(x)}, the header says {spec.shape[0]} bytes")
             return bytes(x)
-        if not hasattr(x, "shape") or tuple(x.shape) != _folded(spec).shape and tuple(x.shape) != spec.shape:
+        if not hasattr(x, "shape") or (tuple(x.shape) != _folded(spec).shape and tuple(x.shape) != spec.shape):
             raise CorruptPayloadError(f"{self.name}: decoding gave {summary(x)}, the header says shape {spec.shape}")
         x = cast(x.reshape(spec.shape), spec.dtype)
         return domains.wrap(x, spec.domain, spec.rate)
@@ -245,7 +253,9 @@ class Method:
         if not isinstance(payload, Payload):
             payload = Payload.from_bytes(payload)
         if payload.method.name != self.name or payload.method.kind != self.kind:
-            raise InputError(f"{self.kind} {self.name} cannot read this payload: it is of {payload.method.kind} {payload.method.name}")
+            raise InputError(
+                f"{self.kind} {self.name} cannot read this payload: it is of {payload.method.kind} {payload.method.name}"
+            )
         reader = payload.method
         if payload.state is not None and self._own_state is not None and self.state_id == payload.state:
             reader = reader.with_state(self._own_state)
@@ -272,7 +282,9 @@ class Method:
             except TersorError:
                 raise
             except Exception as error:
-                raise CorruptPayloadError(f"{self.name}: the payload does not decode ({type(error).__name__}: {error})") from error
+                raise CorruptPayloadError(
+                    f"{self.name}: the payload does not decode ({type(error).__name__}: {error})"
+                ) from error
 
         from tersor.registry import operate
 
@@ -378,6 +390,7 @@ class Quantizer(Method):
     """
 
     kind = "quantizer"
+    idempotent: ClassVar[bool] = False  # quantizing what was dequantized gives the same values
 
     def quantize(self, x: Any, calibration: Any = None, domain: str | None = None) -> Codes:
         """Quantize ``x``. ``calibration``: a :class:`tersor.Calibration`, or an array samples x in.
@@ -450,6 +463,10 @@ class Pruner(Method):
 
     kind = "pruner"
 
+    def promised(self, size: int) -> int | None:
+        """How many of ``size`` elements (over all tensors) are kept, where the method promises a number."""
+        return None
+
     def prune(self, x: Any, calibration: Any = None) -> Mask:
         """Which elements of ``x`` to keep. Raises :class:`tersor.InputError`, :class:`tersor.CalibrationError`."""
         from tersor.registry import operate
@@ -457,7 +474,11 @@ class Pruner(Method):
         tensors = {k: self._enter(v)[0] for k, v in _named(x).items()}
         if not tensors:
             raise InputError(f"{self.name}: no tensors were given")
-        ready = enter_calibration(self, calibration, next(iter(tensors.values()))) if not isinstance(calibration, Mapping) else calibration
+        ready = (
+            enter_calibration(self, calibration, next(iter(tensors.values())))
+            if not isinstance(calibration, Mapping)
+            else calibration
+        )
         masks = operate("prune", self, lambda: self._prune(tensors, ready))
         return Mask(self, masks)
 
@@ -471,7 +492,9 @@ class Pruner(Method):
 
         def one(name: str, value: Any) -> Any:
             if tuple(value.shape) != tuple(mask[name].shape):
-                raise InputError(f"{self.name}: mask of shape {tuple(mask[name].shape)} for a tensor of shape {tuple(value.shape)}")
+                raise InputError(
+                    f"{self.name}: mask of shape {tuple(mask[name].shape)} for a tensor of shape {tuple(value.shape)}"
+                )
             native = to_native(value, self.native)
             return native * to_native(mask[name], self.native)
 
@@ -543,6 +566,19 @@ class Decoder(Method):
 
     kind = "decoder"
     domains = ("sequence",)
+    exact: ClassVar[str | None] = None  # "greedy": the same tokens; "distribution": the same distribution as the source's
+
+    def example_options(self, source: Any) -> dict[str, Any]:
+        """Options (a draft source, say) that the conformance kit gives to ``decode`` with this source."""
+        return {}
+
+    def reseeded(self, seed: int) -> Self:
+        """The same decoder with another seed; a decoder that draws at random has to say how."""
+        raise NotImplementedError(f"{type(self).__name__}.reseeded")
+
+    def target_probability(self, source: Any, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        """The probability that ``tokens`` should have after ``prompt``: the source's own, unless the decoder changes it."""
+        return source.probabilities(prompt, tokens)  # type: ignore[no-any-return]
 
     def decode(self, source: Any, prompt: Sequence[int] | np.ndarray, max_new_tokens: int = 128, **options: Any) -> Decoded:
         """Decode at most ``max_new_tokens`` tokens after ``prompt`` (at least one token number below ``source.vocabulary``).

@@ -345,7 +345,11 @@ def lookup(kind: str, name: str) -> type:
 
     base = getattr(kinds, kind.capitalize())
     if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
-        problem = f"it has no tersor_{kind}" if cls is None else f"its tersor_{kind} gave {cls!r}, not a class derived from {base.__name__}"
+        problem = (
+            f"it has no tersor_{kind}"
+            if cls is None
+            else f"its tersor_{kind} gave {cls!r}, not a class derived from {base.__name__}"
+        )
         _remember(entry, problem)
         raise PluginError(f"plugin {entry.name!r} of distribution {entry.distribution} offers no {kind}: {problem}")
     if cls.name != entry.name:

@@ -165,8 +165,8 @@ class Session(Protocol):
     length: int
     calls: int
 
-    def extend(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append ``tokens``; the logits after each of them, float32 n x vocabulary. One model call."""
+    def extend(self, tokens: Sequence[int], last: int | None = None) -> np.ndarray:
+        """Append ``tokens``; the logits after each of them (of the ``last`` so many), float32 n x vocabulary. One model call."""
         ...
 
     def rewind(self, length: int) -> None:

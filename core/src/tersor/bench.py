@@ -1,0 +1,112 @@
+"""``tersor bench``: methods side by side on somebody's own data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tersor import metrics
+from tersor.api import apply_method, method, restore
+from tersor.config import parse, to_text
+from tersor.domains import unwrap
+from tersor.errors import InputError, TersorError
+from tersor.progress import track
+
+
+def expand(texts: Iterable[str]) -> list[str]:
+    """``jpeg:quality=10/50/90`` as three methods: a slash separates the values of a sweep."""
+    out = []
+    for text in texts:
+        name, settings = parse(text)
+        choices = [[(k, v) for v in value.split("/")] for k, value in settings.items()]
+        for combination in itertools.product(*choices):
+            out.append(name + (":" if combination else "") + ",".join(f"{k}={to_text(v)}" for k, v in combination))
+    return out
+
+
+def measure(x: Any, text: str, repeat: int = 1) -> dict[str, Any]:
+    """One method on one input: bytes of the file, quality after decoding from those bytes, seconds of either way (best of
+    ``repeat``)."""
+    m = method(text)
+    encode = decode = math.inf
+    for _ in range(repeat):
+        start = time.perf_counter()
+        raw = apply_method(m, x).to_bytes()
+        encode = min(encode, time.perf_counter() - start)
+        from tersor.results import Payload
+
+        payload = Payload.from_bytes(raw)
+        if m._own_state is not None:
+            payload.method = payload.method.with_state(m._own_state)
+        start = time.perf_counter()
+        back = restore(payload)
+        decode = min(decode, time.perf_counter() - start)
+    data, back_data = unwrap(x)[0], unwrap(back)[0]
+    is_bytes = isinstance(data, (bytes, bytearray))
+    count = len(data) if is_bytes else math.prod(data.shape)
+    domain = payload.spec.domain
+    places = count // data.shape[0] if domain == "image" else count
+    return {
+        "method": str(m),
+        "name": m.name,
+        "bytes": len(raw),
+        "bits_per_element": 8 * len(raw) / max(count, 1),
+        "bits_per_pixel" if domain == "image" else "ratio": (
+            8 * len(raw) / max(places, 1) if domain == "image" else (count if is_bytes else data.nbytes) / len(raw)
+        ),
+        **metrics.quality(domain, data, back_data),
+        "encode_seconds": encode,
+        "decode_seconds": decode,
+        "encode_mega_per_second": places / encode / 1e6,
+        "decode_mega_per_second": places / decode / 1e6,
+    }
+
+
+def run(paths: list[str], texts: list[str], repeat: int = 1) -> Iterator[dict[str, Any]]:
+    """Every method on every file; a method that does not take a file gives a row with ``error``."""
+    from tersor.io import load
+
+    methods = expand(texts)
+    if not methods:
+        raise InputError("bench needs at least one method: --with NAME")
+    for path, text in track([(p, t) for p in paths for t in methods], "benchmarking"):
+        row: dict[str, Any] = {"file": str(path)}
+        try:
+            m = method(text)
+            row |= measure(load(path, m), text, repeat)
+        except TersorError as error:
+            row |= {"method": text, "error": f"{type(error).__name__}: {error}"}
+        yield row
+
+
+def plot(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Rate against quality, a line per method, averaged over files; ``path``: .svg, .png or .pdf. Needs matplotlib."""
+    from tersor.io import _library
+
+    matplotlib = _library("matplotlib", "matplotlib", "plotting")
+    matplotlib.use("Agg", force=False)
+    figures = _library("matplotlib.figure", "matplotlib", "plotting")
+    good = [r for r in rows if "error" not in r]
+    keys = [k for k in ("psnr_db", "ms_ssim", "snr_db", "relative_error") if any(k in r for r in good)]
+    if not keys:
+        raise InputError("nothing to plot: no method gave a measure of quality")
+    figure = figures.Figure(figsize=(5.5 * len(keys), 4.2), layout="constrained")
+    label = {"psnr_db": "PSNR, dB", "ms_ssim": "MS-SSIM", "snr_db": "SNR, dB", "relative_error": "relative error"}
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for name in dict.fromkeys(r["name"] for r in good):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for r in good:
+                if r["name"] == name and math.isfinite(r.get(key, math.inf)):
+                    points.setdefault(r["method"], []).append((r.get("bits_per_pixel", r["bits_per_element"]), r[key]))
+            means = sorted((sum(a for a, _ in p) / len(p), sum(b for _, b in p) / len(p)) for p in points.values())
+            if means:
+                axis.plot(*zip(*means), marker="o", markersize=4, label=name)
+        axis.set_xlabel("bits per pixel" if any("bits_per_pixel" in r for r in good) else "bits per element")
+        axis.set_ylabel(label[key])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path)

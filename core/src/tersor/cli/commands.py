@@ -1,0 +1,380 @@
+"""The commands themselves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tersor.cli import show_json, tersor
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _complete_method(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from tersor import registry
+
+    return sorted(n for k, n in registry.index() if k != "extension" and n.startswith(incomplete))
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """Plain aligned columns, cut to the terminal's width where there is one."""
+    cells = [columns] + [[_cell(r.get(c, "")) for c in columns] for r in rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    for row in cells:
+        click.echo("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()[:width])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+@click.command("list")
+@click.option("--kind", type=click.Choice(["codec", "quantizer", "pruner", "decoder"]), help="Only methods of this kind.")
+@click.option("--family", help="Only methods of this family.")
+@click.option("--domain", help="Only methods for this domain.")
+@_JSON
+def list_(kind: str | None, family: str | None, domain: str | None, as_json: bool) -> None:
+    """List the installed methods. Reads metadata only and imports no plugin.
+
+    Status: ok; broken (its last import failed, or it needs another tersor: see `tersor doctor`); conflict (two distributions
+    offer the name: choose with DISTRIBUTION/NAME).
+    """
+    from tersor.api import available
+
+    rows = available(kind, family, domain)
+    if as_json:
+        show_json(rows)
+    elif not rows:
+        click.echo("no methods are installed" if not (kind or family or domain) else "no installed method fits")
+    else:
+        _table(rows, ["name", "kind", "family", "domain", "status", "summary"])
+
+
+@click.command("info")
+@click.argument("name", shell_complete=_complete_method)
+@_JSON
+def info_(name: str, as_json: bool) -> None:
+    """Show what a method is, its facts and its settings with types, defaults and allowed values."""
+    from tersor.api import info
+
+    out = info(name)
+    if as_json:
+        show_json(out)
+        return
+    click.echo(f"{out['name']} ({out['kind']}, {out['family']}): {out['summary']}")
+    click.echo(f"distribution {out['distribution']} {out['version']}; domains {', '.join(out['domains'])}")
+    facts = [k for k in ("lossless", "bitwise", "fitted") if out[k]] + [f"calibration {out['calibration']}"]
+    click.echo("; ".join(facts))
+    for label, url in out["urls"].items():
+        click.echo(f"{label}: {url}")
+    if out["settings"]:
+        click.echo("\nsettings:")
+        for f in out["settings"]:
+            default = "must be given" if f["required"] else f"default {f['default']}"
+            allowed = f"; {f['allowed']}" if f["allowed"] else ""
+            click.echo(f"  {f['name']} ({f['type']}, {default}{allowed})  {f['help']}")
+    if out["doc"]:
+        import inspect
+
+        click.echo("\n" + inspect.cleandoc(out["doc"]))
+
+
+@click.command("compress")
+@click.argument("source", type=click.Path(exists=True))
+@click.option(
+    "--with",
+    "with_",
+    required=True,
+    metavar="METHOD",
+    shell_complete=_complete_method,
+    help="NAME:key=value,key=value, for example gptq:bits=4,group_size=128",
+)
+@click.option("-o", "--output", type=click.Path(), help="The .tsr file to write; default: SOURCE.tsr")
+@click.option("--state", type=click.Path(exists=True), help="A saved state (.safetensors) for a fitted method.")
+@click.option("--recipe", type=click.Path(exists=True), help="Models: JSON list of [pattern, method or null], first match wins.")
+@click.option("--calibration", type=click.Path(exists=True), help="Models: a text file; arrays: a .npy file, samples x in.")
+@click.option("--samples", type=int, default=32, show_default=True, help="Models: windows of calibration text.")
+@click.option("--window", type=int, default=512, show_default=True, help="Models: tokens in a window.")
+@click.option("--dry-run", is_flag=True, help="Models: print which tensor each pattern matches, and stop.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@_JSON
+def compress_(
+    source: str,
+    with_: str,
+    output: str | None,
+    state: str | None,
+    recipe: str | None,
+    calibration: str | None,
+    samples: int,
+    window: int,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compress SOURCE: an image, audio, .npy or any other file, or a model (a transformers folder, .safetensors, .gguf).
+
+    A model is done block by block with calibration; a killed run goes on where it stopped when started again.
+    """
+    from tersor.api import as_method, compress
+    from tersor.io import is_model
+    from tersor.progress import on_terminal
+
+    m = as_method(with_)
+    if state:
+        m = m.load(state)
+    target = Path(output or f"{str(source).rstrip('/')}.tsr")
+    if target.exists() and not force and not dry_run:
+        raise click.UsageError(f"{target} exists; choose another output or give --force")
+    options: dict[str, Any] = {}
+    if is_model(source, m):
+        options = {"recipe": recipe, "samples": samples, "window": window}
+        if dry_run:
+            from tersor.model import plan_model
+
+            rows = plan_model(source, m, recipe=recipe)
+            if as_json:
+                show_json(rows)
+            else:
+                _table(rows, ["tensor", "shape", "pattern", "method"])
+            return
+    elif dry_run or recipe:
+        raise click.UsageError("--dry-run and --recipe belong to models")
+    elif calibration:
+        import numpy as np
+
+        options["calibration"] = np.load(calibration, allow_pickle=False)
+        calibration = None
+    if calibration:
+        options["calibration"] = Path(calibration).read_text("utf-8")
+    with on_terminal():
+        compress(source, m, target, **options)
+    before = (
+        sum(f.stat().st_size for f in Path(source).rglob("*") if f.is_file())
+        if Path(source).is_dir()
+        else Path(source).stat().st_size
+    )
+    after = target.stat().st_size
+    if as_json:
+        show_json(
+            {"output": str(target), "method": str(m), "input_bytes": before, "bytes": after, "ratio": before / max(after, 1)}
+        )
+    else:
+        click.echo(f"{target}: {before:,} bytes to {after:,} ({before / max(after, 1):.2f} times smaller) with {m}")
+
+
+@click.command("decompress")
+@click.argument("source", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(), help="File (its suffix says the format) or, for a model, folder."
+)
+@click.option("--state", type=click.Path(exists=True), help="The saved state that the file needs.")
+@click.option("--limit", type=int, help="Bytes that a decoded array may take. Default: 4 GiB.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@_JSON
+def decompress_(source: str, output: str, state: str | None, limit: int | None, force: bool, as_json: bool) -> None:
+    """Restore what the .tsr file SOURCE holds."""
+    from tersor.api import decompress
+    from tersor.progress import on_terminal
+
+    target = Path(output)
+    if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
+        raise click.UsageError(f"{target} exists; choose another output or give --force")
+    with on_terminal():
+        decompress(source, target, state=state, limit=limit)
+    if as_json:
+        show_json({"output": str(target)})
+    else:
+        click.echo(str(target))
+
+
+@click.command("inspect")
+@click.argument("source", type=click.Path(exists=True, dir_okay=False))
+@_JSON
+def inspect_(source: str, as_json: bool) -> None:
+    """Show a .tsr file's header, the size of every part and the state of its checksum. Loads no plugin.
+
+    Exit code 1 where the checksum does not match.
+    """
+    from tersor.container import inspect
+
+    out = inspect(source)
+    if as_json:
+        show_json(out)
+    else:
+        for key, value in out.items():
+            if key != "parts":
+                click.echo(f"{key}: {_cell(value)}")
+        click.echo("parts:")
+        for p in out["parts"]:
+            click.echo(f"  {p['name']}  {p['dtype']} {'x'.join(map(str, p['shape']))}  {p['bytes']:,} bytes")
+    if out["checksum"] != "ok":
+        sys.exit(1)
+
+
+@click.command("bench")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True))
+@click.option(
+    "--with",
+    "with_",
+    multiple=True,
+    required=True,
+    metavar="METHOD",
+    shell_complete=_complete_method,
+    help="A method; give several. A slash sweeps a setting: jpeg:quality=10/30/60",
+)
+@click.option("--plot", type=click.Path(), help="Write a rate-distortion plot (.svg, .png, .pdf).")
+@click.option("--repeat", type=click.IntRange(1, 100), default=1, show_default=True, help="Best time of so many runs.")
+@_JSON
+def bench_(files: tuple[str, ...], with_: tuple[str, ...], plot: str | None, repeat: int, as_json: bool) -> None:
+    """Compare methods on FILES: size of the written file, quality after decoding from it, seconds."""
+    from tersor import bench
+    from tersor.progress import on_terminal
+
+    with on_terminal():
+        rows = list(bench.run(list(files), list(with_), repeat))
+    if plot:
+        bench.plot(rows, plot)
+    if as_json:
+        show_json(rows)
+    else:
+        keys = [
+            "file",
+            "method",
+            "bytes",
+            "bits_per_pixel",
+            "bits_per_element",
+            "ratio",
+            "psnr_db",
+            "ms_ssim",
+            "snr_db",
+            "relative_error",
+            "exact",
+            "encode_seconds",
+            "decode_seconds",
+            "error",
+        ]
+        _table(rows, [k for k in keys if any(k in r for r in rows)])
+    if all("error" in r for r in rows):
+        sys.exit(1)
+
+
+@click.command("check")
+@click.argument("name", shell_complete=_complete_method)
+@click.option("--examples", type=click.IntRange(1, 10000), default=10, show_default=True, help="Inputs to draw for each check.")
+@_JSON
+def check_(name: str, examples: int, as_json: bool) -> None:
+    """Run the conformance checks of NAME's kind; exit code 1 if one fails."""
+    from tersor.progress import on_terminal
+    from tersor.testing import check_method
+
+    with on_terminal():
+        results = check_method(name, max_examples=examples)
+    rows = [{"check": r.check, "passed": r.passed, "reason": r.reason} for r in results]
+    if as_json:
+        show_json(rows)
+    else:
+        _table(rows, ["check", "passed", "reason"])
+    if not all(r["passed"] for r in rows):
+        sys.exit(1)
+
+
+@click.command("verify")
+@click.argument("name", shell_complete=_complete_method)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--only", help="Only claims whose title contains this.")
+@click.option("--record", type=click.Path(file_okay=False), help="Keep the result as FOLDER/NAME.json.")
+@_JSON
+def verify_(name: str, seed: int, only: str | None, record: str | None, as_json: bool) -> None:
+    """Re-run the claims of NAME on real data and print both sides; exit code 1 if one does not hold."""
+    from tersor import evidence
+    from tersor.progress import on_terminal
+
+    rows = []
+    with on_terminal():
+        for row in evidence.verify(name, seed, only):
+            rows.append(row)
+            if not as_json:
+                sign = "<" if row["better"] == "lower" else ">"
+                verdict = "holds" if row["holds"] else "DOES NOT HOLD"
+                click.echo(
+                    f"{row['claim']}: {row['metric']} {row['ours']:.5g} {sign} {row['baseline']:.5g} "
+                    f"({row['baseline_name']}): {verdict}  [{row['seconds']} s]"
+                )
+    if record:
+        evidence.record(name, rows, seed, record)
+    if as_json:
+        show_json(rows)
+    if not all(r["holds"] for r in rows):
+        sys.exit(1)
+
+
+@click.command("doctor")
+@click.argument("name", required=False, shell_complete=_complete_method)
+@_JSON
+def doctor_(name: str | None, as_json: bool) -> None:
+    """Import every plugin (or NAME's), and show the traceback of those that fail; exit code 1 if one does."""
+    from tersor import registry
+    from tersor.errors import ConflictError, TersorError
+
+    rows = []
+    for kind, method in sorted(registry.index()):
+        if kind == "extension" or (name and method != name.rpartition("/")[2]):
+            continue
+        row = {"name": method, "kind": kind, "status": "ok", "reason": "", "traceback": ""}
+        try:
+            registry.lookup(kind, name if name and "/" in name else method)
+        except TersorError as error:
+            row["status"] = "conflict" if isinstance(error, ConflictError) else "broken"
+            row["reason"] = str(error)
+            row["traceback"] = registry.failure(kind, method) or ""
+        rows.append(row)
+    if name and not rows:
+        registry.kind_of(name)
+    if as_json:
+        show_json(rows)
+    else:
+        bad = [r for r in rows if r["status"] != "ok"]
+        for r in bad:
+            click.echo(f"{r['name']} ({r['kind']}): {r['status']}: {r['reason']}")
+            if r["traceback"]:
+                click.echo(r["traceback"])
+        click.echo(f"{len(rows) - len(bad)} methods work, {len(bad)} do not")
+    if any(r["status"] != "ok" for r in rows):
+        sys.exit(1)
+
+
+@click.command("new")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(["codec", "quantizer", "pruner", "decoder"]), default="codec", show_default=True)
+@click.option("-o", "--output", type=click.Path(file_okay=False), help="Folder to write; default: tersor-NAME")
+@_JSON
+def new_(name: str, kind: str, output: str | None, as_json: bool) -> None:
+    """Write the package of a new method: it installs, is found, passes `tersor check`, and shows how to go on."""
+    from tersor.scaffold import create
+
+    folder = create(name, kind, output)
+    if as_json:
+        show_json({"folder": str(folder), "name": name, "kind": kind})
+    else:
+        click.echo(f"{folder}: pip install -e {folder}, then tersor check {name}; README.md says how to go on")
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_(shell: str) -> None:
+    """Print the completion script for SHELL; for bash: eval "$(tersor completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    cls = get_completion_class(shell)
+    if cls is None:
+        raise click.UsageError(f"no completion for {shell}")
+    click.echo(cls(tersor, {}, "tersor", "_TERSOR_COMPLETE").source())

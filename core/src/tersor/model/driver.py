@@ -1,0 +1,468 @@
+"""A weight method over a whole network, block by block, with calibration.
+
+The network is split into its repeated blocks. For each block the calibration data passes through once to gather what every
+linear layer sees (the Gram matrix of its inputs), the layers are compressed and replaced by what their files decode to, and the
+data passes through again, so that the next block is calibrated on what it will get. Finished blocks are kept in a journal
+beside the output; a killed run that is started again takes them from there. Memory beyond the model is bounded by the Gram
+matrices and codes of one block and the calibration data's hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tersor import container
+from tersor.api import apply_method, as_method, load_payload, restore
+from tersor.errors import CalibrationError, ConfigError, CorruptPayloadError, InputError
+from tersor.files import atomic_write
+from tersor.model.loading import as_folder, load_model
+from tersor.model.recipe import Recipe
+from tersor.progress import track
+from tersor.results import Calibration, Payload, Spec
+
+_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@attrs.frozen
+class _Target:
+    """One tensor that gets a method: its full name, the block that it is in, the module that holds it."""
+
+    name: str
+    block: int
+    pattern: str
+    method: Any
+    module: Any
+
+
+def find_blocks(model: Any) -> tuple[str, list[Any]]:
+    """The longest list of modules of one class in a network, and its name; the network itself where there is none."""
+    import torch
+
+    best: tuple[str, list[Any]] = ("", [model])
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) > max(1, len(best[1]) if best[0] else 1):
+            if len({type(m) for m in module}) == 1:
+                best = (name, list(module))
+    return best
+
+
+def _targets(model: Any, method: Any, recipe: Recipe) -> list[_Target]:
+    """Tensors that get a method: what the recipe says, and every linear layer of the blocks for the rest."""
+    import torch
+
+    prefix, blocks = find_blocks(model)
+    out = []
+    parameters = dict(model.named_parameters())
+    recipe.check(n for n, p in parameters.items() if p.ndim >= 2)
+    for name, parameter in parameters.items():
+        holder = model.get_submodule(name.rpartition(".")[0])
+        block = -1
+        if not prefix:
+            block = 0
+        elif name.startswith(prefix + "."):
+            block = int(name[len(prefix) + 1 :].split(".")[0])
+        rule = recipe.match(name) if parameter.ndim >= 2 else None
+        layers = (torch.nn.Linear,) if prefix else (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+        if rule is None and block >= 0 and isinstance(holder, layers) and name.endswith("weight"):
+            rule = ("(default)", method)
+        if rule is not None and rule[1] is not None:
+            out.append(_Target(name, block, rule[0], rule[1], holder))
+    if not out:
+        raise ConfigError("no tensor of the model gets a method; the default takes the linear layers of its repeated blocks")
+    return out
+
+
+def plan_model(source: Any, method: Any, recipe: Any = None) -> list[dict[str, Any]]:
+    """What :func:`compress_model` would do, without doing it: each tensor with its shape, the pattern that matched, the method.
+
+    Raises :class:`tersor.ConfigError` for a pattern that matches nothing.
+    """
+    method, recipe = as_method(method), Recipe.of(recipe)
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".safetensors":
+        plan = {n: r for n, r, _ in _plan_tensors(Path(source), method, recipe)}
+        shapes = {n: s for n, _, s in _plan_tensors(Path(source), method, recipe)}
+    else:
+        model = load_model(source)[0] if isinstance(source, (str, os.PathLike)) else source
+        plan = {t.name: (t.pattern, t.method) for t in _targets(model, method, recipe)}
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    rows = []
+    for name, shape in shapes.items():
+        pattern, chosen = plan.get(name) or ("", None)
+        rows.append(
+            {"tensor": name, "shape": list(shape), "pattern": pattern, "method": str(chosen) if chosen else "kept as it is"}
+        )
+    return rows
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the inputs of the first block are known."""
+
+
+def _first_inputs(model: Any, first: Any, batches: Iterable[Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                _call(model, batch)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return caught
+
+
+def _call(model: Any, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _grams(modules: Mapping[str, Any], run: Callable[[], None]) -> dict[str, tuple[Any, int]]:
+    """For each linear module, X^T X over all inputs that it sees while ``run`` runs, and their number."""
+    import torch
+
+    grams: dict[int, tuple[Any, int]] = {}
+    seen: dict[int, list[Any]] = {}
+    handles = []
+
+    def hook(module: Any, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        # layers that share an input (query, key, value) share its Gram matrix
+        if seen and next(iter(seen.values()))[0] is x:
+            total, _ = next(iter(seen.values()))[1]
+            gram = total
+        else:
+            flat = _columns(module, x)
+            gram = flat.T @ flat
+            seen.clear()
+            seen[0] = [x, (gram, 0)]
+        n = x.shape[:-1].numel() if isinstance(module, torch.nn.Linear) else gram.shape[0]
+        old = grams.get(id(module))
+        if old is None:
+            grams[id(module)] = (gram.clone(), n)
+        else:
+            grams[id(module)] = (old[0].add_(gram), old[1] + n)
+
+    for module in modules.values():
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: grams[id(m)] for name, m in modules.items() if id(m) in grams}
+
+
+def _columns(module: Any, x: Any) -> Any:
+    """The inputs of a linear or convolution layer as rows that its folded weight is multiplied with."""
+    import torch
+
+    if isinstance(module, torch.nn.Conv2d):
+        if module.groups != 1:
+            raise CalibrationError(
+                "calibration of grouped convolutions is not supported; give the layer a method without calibration"
+            )
+        x = torch.nn.functional.unfold(x, module.kernel_size, module.dilation, _pad(module), module.stride).transpose(1, 2)
+    elif isinstance(module, torch.nn.Conv1d):
+        raise CalibrationError("calibration of 1-D convolutions is not supported; give the layer a method without calibration")
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _pad(module: Any) -> Any:
+    if isinstance(module.padding, str):
+        raise CalibrationError(f"calibration of a convolution with padding={module.padding!r} is not supported; allowed: numbers")
+    return module.padding
+
+
+def _walk(
+    model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None]
+) -> Iterator[tuple[_Target, Payload]]:
+    """Compress every target in order, putting the decoded weight into the model; ``done`` gives what is there already."""
+    import torch
+
+    _, blocks = find_blocks(model)
+    calibrated = any(t.method.calibration != "none" for t in targets) and bool(batches)
+    by_block: dict[int, list[_Target]] = {}
+    for t in targets:
+        by_block.setdefault(t.block, []).append(t)
+
+    def compress(t: _Target, calibration: Calibration | None) -> tuple[_Target, Payload]:
+        weight = t.module.get_parameter(t.name.rpartition(".")[2])
+        payload = done(t.name)
+        if payload is None:
+            payload = apply_method(t.method, weight.detach(), calibration)
+        value = restore(payload)
+        weight.data.copy_(value if isinstance(value, torch.Tensor) else torch.from_numpy(value))
+        return t, payload
+
+    with torch.no_grad():
+        for t in by_block.pop(-1, []):
+            if t.method.calibration == "required":
+                raise CalibrationError(
+                    f"{t.name} is outside the blocks, where no calibration reaches; {t.method.name} requires it"
+                )
+            yield compress(t, None)
+        whole = len(blocks) == 1 and blocks[0] is model
+        states = _first_inputs(model, blocks[0], batches) if calibrated and not whole else []
+        for number, block in enumerate(track(blocks, "blocks")):
+            mine = by_block.get(number, [])
+            last = number == len(blocks) - 1
+            hidden: list[Any] = []
+
+            def run(block: Any = block, hidden: list[Any] = hidden) -> None:
+                if whole:
+                    for batch in batches:
+                        _call(model, batch)
+                    return
+                hidden.clear()
+                for args, kwargs in states:
+                    out = block(*args, **kwargs)
+                    hidden.append(out[0] if isinstance(out, tuple) else out)
+
+            wants = {t.name: t.module for t in mine if t.method.calibration != "none" and done(t.name) is None}
+            grams = _grams(wants, run) if calibrated and wants else {}
+            for t in mine:
+                calibration = None
+                if t.name in grams:
+                    gram, count = grams.pop(t.name)
+                    calibration = Calibration(gram=gram, count=count, layer=t.name)
+                yield compress(t, calibration)
+            if calibrated and not last and not whole:
+                run()
+                states = [((h, *args[1:]), kwargs) for h, (args, kwargs) in zip(hidden, states)]
+
+
+def quantize(model: Any, method: Any, batches: list[Any] | None = None, recipe: Any = None) -> dict[str, Payload]:
+    """Apply a weight method to a network in memory: its weights become what their files decode to.
+
+    ``model``: any torch module; ``batches``: inputs of its forward (tensors, tuples or dicts), for methods with calibration.
+    Returns tensor names to payloads, whose ``nbytes`` is what each costs.
+    Raises :class:`tersor.CalibrationError` where calibration is required and there are no batches.
+    """
+    method, recipe = as_method(method), Recipe.of(recipe)
+    targets = _targets(model, method, recipe)
+    _need_batches(targets, batches)
+    return {t.name: payload for t, payload in _walk(model, targets, batches or [], lambda _: None)}
+
+
+def _need_batches(targets: list[_Target], batches: Any) -> None:
+    for t in targets:
+        if t.method.calibration == "required" and not batches:
+            raise CalibrationError(f"{t.method.name} needs calibration data, and none was given")
+
+
+def calibration_windows(tokenizer: Any, text: str, samples: int, window: int) -> list[Any]:
+    """``samples`` windows of ``window`` tokens, evenly spread over the text, as 1 x window tensors."""
+    import torch
+
+    if samples < 1 or window < 2:
+        raise CalibrationError(f"samples={samples}, window={window}; allowed: at least 1 window of at least 2 tokens")
+    if tokenizer is None:
+        raise CalibrationError("the model comes without a tokenizer, so text cannot calibrate it; give token windows instead")
+    step = max(len(text) // samples, 1)
+    out = []
+    for i in range(samples):
+        ids = tokenizer(text[i * step : i * step + window * 12], add_special_tokens=False, verbose=False)["input_ids"][:window]
+        if len(ids) == window:
+            out.append(torch.tensor([ids], dtype=torch.long))
+    if not out:
+        raise CalibrationError(f"the calibration text of {len(text)} characters has no window of {window} tokens")
+    return out
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+class _Journal:
+    """Finished tensors on disk, so that a killed run goes on where it stopped."""
+
+    def __init__(self, out: Path, key: Any) -> None:
+        self.folder = out.with_name(out.name + ".partial")
+        stamp = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        mark = self.folder / "journal.json"
+        if self.folder.exists() and (not mark.is_file() or json.loads(mark.read_text("utf-8")).get("key") != stamp):
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not mark.is_file():
+            with atomic_write(mark) as file:
+                file.write(json.dumps({"key": stamp}).encode())
+
+    def path(self, name: str) -> Path:
+        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + ".tsr")
+
+    def get(self, name: str) -> Payload | None:
+        path = self.path(name)
+        return load_payload(path) if path.is_file() else None
+
+    def put(self, name: str, payload: Payload) -> None:
+        if not self.path(name).is_file():
+            payload.save(self.path(name))
+
+
+def compress_model(
+    source: str | os.PathLike[str], method: Any, out: str | os.PathLike[str], *, calibration: Any = None, recipe: Any = None,
+    samples: int = 32, window: int = 512,
+) -> Path:  # fmt: skip
+    """Compress a transformers folder, a GGUF file or a ``.safetensors`` file into one ``.tsr`` file.
+
+    ``method``: for the linear layers of the repeated blocks; ``recipe``: a :class:`Recipe`, or what :meth:`Recipe.of` takes, for
+    other choices. Tensors without a method are kept as they are. ``calibration``: text, or a list of 1 x n token windows;
+    default: English text that ships with Python. ``samples`` windows of ``window`` tokens are taken from a text.
+    A run that was killed and is started again with the same arguments goes on where it stopped.
+    Raises :class:`tersor.ConfigError`, :class:`tersor.CalibrationError`, :class:`tersor.InputError`, OSError.
+    """
+    method, recipe, out = as_method(method), Recipe.of(recipe), Path(out)
+    src = Path(source)
+    rules = [[p, str(m) if m else None] for p, m in recipe.rules]
+    text = calibration if isinstance(calibration, str) else None
+    key = [
+        str(src.resolve()),
+        _fingerprint(src),
+        str(method),
+        rules,
+        samples,
+        window,
+        hashlib.sha256((text or "").encode()).hexdigest(),
+    ]
+    if src.suffix == ".safetensors":
+        parts, meta = _compress_tensors(src, method, recipe, _Journal(out, key))
+    else:
+        folder = as_folder(src)
+        model, tokenizer = load_model(folder)
+        targets = _targets(model, method, recipe)
+        batches: list[Any] = []
+        if any(t.method.calibration != "none" for t in targets):
+            if calibration is None:
+                from tersor.data import english_text
+
+                text = english_text()
+            batches = calibration_windows(tokenizer, text, samples, window) if text is not None else list(calibration)
+        journal = _Journal(out, key)
+        parts, meta = {}, {}
+        for t, payload in _walk(model, targets, batches, journal.get):
+            journal.put(t.name, payload)
+            parts[f"t:{t.name}"] = container.load_bytes(journal.path(t.name))
+            del payload
+        taken: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            first = taken.setdefault(tensor.data_ptr(), name)
+            if first != name:
+                meta.setdefault("ties", {})[name] = first
+            elif f"t:{name}" not in parts:
+                parts[f"r:{name}"] = tensor.detach()
+        for pattern in _FILES:
+            for file in sorted(folder.glob(pattern)):
+                if not file.name.endswith(".index.json"):
+                    parts[f"f:{file.name}"] = file.read_bytes()
+    from tersor import __version__
+
+    header = container.Header(
+        kind="model", method=method.name, distribution=method.origin()[0], version=__version__,
+        meta={**meta, "recipe": rules, "method": str(method)}, spec=Spec("weight", (), "float32"),
+    )  # fmt: skip
+    container.write(out, header, parts)
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    return out
+
+
+def _plan_tensors(src: Path, method: Any, recipe: Recipe) -> Iterator[tuple[str, tuple[str, Any] | None, tuple[int, ...]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(src, "np") as file:
+            shapes = {n: (tuple(file.get_slice(n).get_shape()), file.get_slice(n).get_dtype()) for n in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{src} is not a safetensors file: {error}") from error
+    matrices = [n for n, (s, d) in shapes.items() if len(s) >= 2 and d in ("F16", "F32", "F64", "BF16")]
+    recipe.check(matrices)
+    for name, (shape, _) in shapes.items():
+        rule = None
+        if name in matrices:
+            rule = recipe.match(name) or ("(default)", method)
+        yield name, rule, shape
+
+
+def _compress_tensors(src: Path, method: Any, recipe: Recipe, journal: _Journal) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file of named tensors without a network: one tensor in memory at a time, no calibration."""
+    from safetensors import safe_open
+
+    parts: dict[str, Any] = {}
+    plan = list(_plan_tensors(src, method, recipe))
+    with safe_open(src, "pt") as file:
+        for name, rule, _ in track(plan, "tensors"):
+            if rule is None or rule[1] is None:
+                parts[f"r:{name}"] = file.get_tensor(name)
+                continue
+            if rule[1].calibration == "required":
+                raise CalibrationError(
+                    f"{rule[1].name} needs calibration data, and a .safetensors file is not a network that data can pass through; "
+                    f"give the model's folder"
+                )
+            if journal.get(name) is None:
+                journal.put(name, apply_method(rule[1], file.get_tensor(name)))
+            parts[f"t:{name}"] = container.load_bytes(journal.path(name))
+    return parts, {}
+
+
+def restore_model(header: container.Header, views: Mapping[str, memoryview], out: Any = None, limit: int | None = None) -> Any:
+    """What a model's ``.tsr`` file holds: a dict of tensors, or written to ``out``.
+
+    ``out``: a folder that transformers loads, or a ``.safetensors`` file. It is written aside and renamed when complete.
+    """
+    from safetensors.torch import save_file
+
+    from tersor.arrays import from_buffer, to_torch
+
+    tensors: dict[str, Any] = {}
+    for part in track(header.parts, "restoring"):
+        kind, _, name = part.name.partition(":")
+        if kind == "t":
+            tensors[name] = to_torch(restore(load_payload(views[part.name]), limit))
+        elif kind == "r":
+            tensors[name] = from_buffer(part.dtype, part.shape, views[part.name], "torch")
+        elif kind != "f":
+            raise CorruptPayloadError(f"part {part.name!r} is neither a tensor nor a file")
+    ties = header.meta.get("ties", {})
+    if not isinstance(ties, dict) or any(v not in tensors for v in ties.values()):
+        raise CorruptPayloadError("the file ties a tensor to one that is not there")
+    if out is None:
+        return {**tensors, **{k: tensors[v] for k, v in ties.items()}}
+    out = Path(out)
+    if out.suffix == ".safetensors":
+        with atomic_write(out) as file:
+            from safetensors.torch import save
+
+            file.write(save({k: v.contiguous() for k, v in tensors.items()}))
+        return out
+    aside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        for part in header.parts:
+            if part.name.startswith("f:"):
+                name = part.name[2:]
+                if Path(name).name != name or name.startswith("."):
+                    raise CorruptPayloadError(f"the file holds {name!r}, which is not a plain file name")
+                (aside / name).write_bytes(views[part.name])
+        save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "model.safetensors", metadata={"format": "pt"})
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        os.replace(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return out

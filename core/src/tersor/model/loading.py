@@ -1,0 +1,117 @@
+"""Loading models from folders, GGUF and ``.tsr`` files, offline."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import InputError
+from tersor.io import _library
+
+
+@contextmanager
+def offline() -> Iterator[Any]:
+    """transformers, told not to reach for the network and to keep quiet."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transformers = _library("transformers", "tersor[model]", "loading a model")
+            level = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()
+            bars = transformers.logging.is_progress_bar_enabled()
+            transformers.logging.disable_progress_bar()
+            try:
+                yield transformers
+            finally:
+                transformers.logging.set_verbosity(level)
+                if bars:
+                    transformers.logging.enable_progress_bar()
+    finally:
+        if before is None:
+            os.environ.pop("HF_HUB_OFFLINE", None)
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: TERSOR_CACHE, or ``tersor`` in the user's cache folder."""
+    base = os.environ.get("TERSOR_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "tersor"
+    )
+    return Path(base, "models")
+
+
+def as_folder(path: str | os.PathLike[str]) -> Path:
+    """A transformers folder for a model: the folder itself, or the cached conversion of a GGUF file.
+
+    A GGUF file is dequantized to float32 once, which takes half a minute for 135 million weights.
+    """
+    p = Path(path)
+    if p.is_dir():
+        if not (p / "config.json").is_file():
+            raise InputError(f"{p} has no config.json; a model folder is what transformers' save_pretrained writes")
+        return p
+    if p.suffix != ".gguf":
+        raise InputError(f"{p} is not a model; allowed: a transformers folder or a .gguf file")
+    stat = p.stat()
+    target = cache_folder() / f"{p.stem}-{stat.st_size}"
+    if (target / "config.json").is_file():
+        return target
+    with offline() as transformers:
+        import torch
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(p.parent, gguf_file=p.name, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(p.parent)
+        except (OSError, ValueError):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(p.parent, gguf_file=p.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            try:
+                os.replace(shutil.copytree(folder, f"{folder}-done"), target)
+            except OSError:
+                shutil.rmtree(f"{folder}-done", ignore_errors=True)
+                if not (target / "config.json").is_file():
+                    raise
+    return target
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """A transformers causal language model (float32, evaluation mode) and its tokenizer, from a folder or a GGUF file.
+
+    The tokenizer is None where the folder has none. Raises :class:`tersor.InputError`, :class:`tersor.MissingLibraryError`.
+    """
+    folder = as_folder(path)
+    with offline() as transformers:
+        import torch
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        tokenizer = None
+        if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model, tokenizer
+
+
+def load_compressed(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """The model and tokenizer in a ``.tsr`` file, ready to run: restored to a temporary folder and loaded."""
+    from tersor.api import decompress
+
+    with tempfile.TemporaryDirectory() as folder:
+        decompress(path, Path(folder, "model"))
+        model, tokenizer = load_model(Path(folder, "model"))
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+    return model, tokenizer
