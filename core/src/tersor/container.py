@@ -373,7 +373,7 @@ def read(source: Any, verify: bool = True) -> tuple[Header, dict[str, memoryview
 def _intact(view: memoryview, header: Header, end: int, length: int) -> bool:
     head_end, _ = _head(view)
     gaps = [view[head_end:end]]
-    for a, b in zip(header.parts, [*header.parts[1:], None], strict=True):
+    for a, b in zip(header.parts, [*header.parts[1:], None], strict=False):
         gaps.append(view[a.offset + a.nbytes : b.offset if b else length - 8])
     if any(any(gap) for gap in gaps):
         return False

@@ -16,7 +16,7 @@ import numpy as np
 
 from tersor import config as _config
 from tersor import domains
-from tersor.arrays import buffer, cast, dtype_name, is_float, to_native, to_numpy
+from tersor.arrays import buffer, cast, dtype_name, is_float, is_torch, to_native, to_numpy
 from tersor.domains import DOMAINS, summary
 from tersor.errors import (
     CalibrationError,
@@ -495,8 +495,8 @@ class Pruner(Method):
                 raise InputError(
                     f"{self.name}: mask of shape {tuple(mask[name].shape)} for a tensor of shape {tuple(value.shape)}"
                 )
-            native = to_native(value, self.native)
-            return native * to_native(mask[name], self.native)
+            native, kept = to_native(value, self.native), to_native(mask[name], self.native)
+            return native.masked_fill(~kept, 0) if is_torch(native) else np.where(kept, native, native.dtype.type(0))
 
         out = operate("apply", self, lambda: {k: one(k, v) for k, v in tensors.items()})
         return out if isinstance(x, Mapping) else out[""]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tersor.errors import InputError
 from tersor.io import _library
 
 
-@contextmanager
+@contextlib.contextmanager
 def offline() -> Iterator[Any]:
     """transformers, told not to reach for the network and to keep quiet."""
     before = os.environ.get("HF_HUB_OFFLINE")
@@ -69,9 +70,12 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
     with offline() as transformers:
         import torch
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(p.parent, gguf_file=p.name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            model = transformers.AutoModelForCausalLM.from_pretrained(p.parent, gguf_file=p.name, dtype=torch.float32)
+        # the weights are plain float32 now, whatever the loader still says of them
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        model.hf_quantizer = None
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(p.parent)
         except (OSError, ValueError):
