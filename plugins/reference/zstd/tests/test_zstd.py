@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 import tersor
 from tersor.testing import assert_conforms
 

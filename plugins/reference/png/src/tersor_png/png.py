@@ -21,7 +21,9 @@ class Png(Codec):
     level: int = field(9, between(0, 9), help="effort of DEFLATE")
 
     def _encode(self, x: Any, spec: Spec) -> dict[str, Any]:
-        return {"data": encode_image(x, "png", "PNG", (1, 3, 4), on_grid=True, compress_level=self.level, optimize=self.level == 9)}
+        return {
+            "data": encode_image(x, "png", "PNG", (1, 3, 4), on_grid=True, compress_level=self.level, optimize=self.level == 9)
+        }
 
     def _decode(self, parts: dict[str, Any], spec: Spec) -> Any:
         return decode_image(parts["data"], spec, "PNG")

@@ -40,6 +40,15 @@ class RTN(Quantizer):
         """For the conformance kit."""
         return [cls(), cls(bits=3, group_size=5, sym=True, clip=True), cls(bits=8, group_size=-1)]
 
+    def bound(self, x: torch.Tensor) -> float | None:
+        """Half a step of the widest possible group, an eighth more for the scale's own rounding; None with ``clip``."""
+        x = torch.as_tensor(x)
+        if self.clip or not x.numel():
+            return None
+        low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        reach = 2 * max(-low, high) if self.sym else high - low
+        return reach * (0.625 / (2**self.bits - 1) + torch.finfo(x.dtype).eps) + 1e-38
+
     def _quantize(self, x: torch.Tensor, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
         grid = fit_grid(x, self.bits, self.group_size, self.sym, CLIP_RATIOS if self.clip else ())
         return store(grid, grid.quantize(x))

@@ -1,6 +1,7 @@
 """Zstandard for Tersor."""
 
 from tersor import hookimpl
+
 from tersor_zstd.zstd import Zstd
 
 __all__ = ["Zstd"]

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import zstandard
-
 from tersor import Codec, CorruptPayloadError, Spec, between, field, method
 
 
