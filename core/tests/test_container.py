@@ -5,10 +5,9 @@ import os
 import attrs
 import numpy as np
 import pytest
+import tersor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import tersor
 from tersor import container
 from tersor.container import Header
 from tersor.results import Spec
@@ -101,7 +100,7 @@ def test_large_files_are_mapped_and_verified(tmp_path):
     header = attrs.evolve(HEADER, spec=Spec("array", (20_000_000,), "float32"))
     size = container.write(tmp_path / "big.tsr", header, big)
     assert size == os.path.getsize(tmp_path / "big.tsr") == container.size(header, big)
-    back, views = container.read(tmp_path / "big.tsr")
+    _back, views = container.read(tmp_path / "big.tsr")
     assert np.array_equal(np.frombuffer(views["x"], np.float32), big["x"])
     with open(tmp_path / "big.tsr", "r+b") as file:
         file.seek(50_000_000)

@@ -38,6 +38,10 @@ class Result:
     reason: str = ""
 
 
+#: CPU seconds that a decoder may spend on a small made-up payload
+BUSY_SECONDS = 5.0
+
+
 class Failure(Exception):
     """A method does not do what its kind promises."""
 
@@ -356,7 +360,7 @@ def _hostile_payload(m: Any, context: _Context) -> None:
                     f"a made-up payload gives {type(error).__name__} ({error}), not an error under TersorError"
                 ) from error
             spent = time.process_time() - start
-            if spent > 5:
+            if spent > BUSY_SECONDS:
                 raise Failure(f"a made-up payload keeps the decoder busy for {spent:.1f} s")
 
     _each(m, context, body, max(2, context.examples // 4))
