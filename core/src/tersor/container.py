@@ -84,7 +84,7 @@ class Header:
     config_version: int = 1
     config: dict[str, Any] = attrs.field(factory=dict)
     meta: dict[str, Any] = attrs.field(factory=dict)
-    spec: Spec = Spec("bytes", (0,), "bytes")
+    spec: Spec = attrs.field(factory=lambda: Spec("bytes", (0,), "bytes"))
     bitwise: bool = False
     state: bytes | None = None
     check: int | None = None
@@ -364,9 +364,8 @@ def read(source: Any, verify: bool = True) -> tuple[Header, dict[str, memoryview
         raise TruncatedFileError(f"the file {what}: its header says {length} bytes, it has {len(view)}")
     parts = {p.name: view[p.offset : p.offset + p.nbytes] for p in header.parts}
     end = header.parts[0].offset if header.parts else length - 8
-    if verify:
-        if not _intact(view, header, end, length):
-            raise ChecksumError("the checksum does not match: the file was changed after it was written")
+    if verify and not _intact(view, header, end, length):
+        raise ChecksumError("the checksum does not match: the file was changed after it was written")
     return header, parts
 
 

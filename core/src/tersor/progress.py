@@ -26,11 +26,9 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
             total = len(items)  # type: ignore[arg-type]
         except TypeError:
             total = None
-    done = 0
     listener(label, 0, total)
-    for item in items:
+    for done, item in enumerate(items, 1):
         yield item
-        done += 1
         listener(label, done, total)
 
 

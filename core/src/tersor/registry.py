@@ -283,21 +283,22 @@ def find(kind: str, name: str) -> Entry:
     raise UnknownMethodError(_unknown(kind, name, bare))
 
 
-def _unknown(kind: str, name: str, bare: str) -> str:
+def _unknown(kind: str | None, name: str, bare: str) -> str:
+    """What to say of a name that no installed method (of that kind) has."""
     table = index()
     other = [k for k in KINDS if k != kind and (k, bare) in table]
-    if other:
+    if kind and other:
         return f"{bare!r} is not a {kind} but a {other[0]}: tersor.{other[0]}({bare!r})"
-    message = f"no installed {kind} is named {name!r}"
+    message = f"no installed {kind or 'method'} is named {name!r}"
     official = official_methods()
-    if official.get(bare) == kind:
+    if bare in official and kind in (None, official[bare]):
         return f"{message}; it is an official method: pip install tersor-{bare}"
-    names = {n for k, n in table if k == kind} | {n for n, k in official.items() if k == kind}
+    installed = sorted({n for k, n in table if k in KINDS and kind in (None, k)})
+    names = {*installed, *(n for n, k in official.items() if kind in (None, k))}
     near = difflib.get_close_matches(bare, names, 3, 0.6)
     if near:
-        said = [n if (kind, n) in table else f"{n} (pip install tersor-{n})" for n in near]
+        said = [n if n in installed else f"{n} (pip install tersor-{n})" for n in near]
         return f"{message}; did you mean {', '.join(said)}?"
-    installed = sorted(n for k, n in table if k == kind)
     return f"{message}; installed: {', '.join(installed) if installed else 'none'} (see `tersor list`)"
 
 
@@ -314,8 +315,7 @@ def kind_of(name: str) -> str:
     for kind in KINDS:
         if (kind, bare) in table:
             return kind
-    official = official_methods()
-    raise UnknownMethodError(_unknown(official.get(bare, ""), name, bare).replace("installed  is", "installed method is"))
+    raise UnknownMethodError(_unknown(None, name, bare))
 
 
 def lookup(kind: str, name: str) -> type:

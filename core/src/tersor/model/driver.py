@@ -48,9 +48,9 @@ def find_blocks(model: Any) -> tuple[str, list[Any]]:
 
     best: tuple[str, list[Any]] = ("", [model])
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) > max(1, len(best[1]) if best[0] else 1):
-            if len({type(m) for m in module}) == 1:
-                best = (name, list(module))
+        longer = isinstance(module, torch.nn.ModuleList) and len(module) > (len(best[1]) if best[0] else 1)
+        if longer and len({type(m) for m in module}) == 1:
+            best = (name, list(module))
     return best
 
 
@@ -58,7 +58,7 @@ def _targets(model: Any, method: Any, recipe: Recipe) -> list[_Target]:
     """Tensors that get a method: what the recipe says, and every linear layer of the blocks for the rest."""
     import torch
 
-    prefix, blocks = find_blocks(model)
+    prefix, _ = find_blocks(model)
     out = []
     parameters = dict(model.named_parameters())
     recipe.check(n for n, p in parameters.items() if p.ndim >= 2)
@@ -95,7 +95,7 @@ def plan_model(source: Any, method: Any, recipe: Any = None) -> list[dict[str, A
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     rows = []
     for name, shape in shapes.items():
-        pattern, chosen = plan.get(name) or ("", None)
+        pattern, chosen = plan.get(name) or (recipe.match(name) if len(shape) >= 2 else None) or ("", None)
         rows.append(
             {"tensor": name, "shape": list(shape), "pattern": pattern, "method": str(chosen) if chosen else "kept as it is"}
         )
@@ -221,13 +221,13 @@ def _walk(
             last = number == len(blocks) - 1
             hidden: list[Any] = []
 
-            def run(block: Any = block, hidden: list[Any] = hidden) -> None:
+            def run(block: Any = block, hidden: list[Any] = hidden, inputs: Any = tuple(states)) -> None:
                 if whole:
                     for batch in batches:
                         _call(model, batch)
                     return
                 hidden.clear()
-                for args, kwargs in states:
+                for args, kwargs in inputs:
                     out = block(*args, **kwargs)
                     hidden.append(out[0] if isinstance(out, tuple) else out)
 
