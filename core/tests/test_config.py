@@ -58,7 +58,7 @@ def test_the_string_names_only_what_differs():
         ({"mode": "slow"}, "mode='slow' is not allowed; allowed: 'fast', 'small'"),
         ({"levels": (8, 1)}, "levels=\\(8, 1\\) is not allowed; allowed: 2 to 16"),
         ({"limit": "x"}, "allowed: int or None"),
-        ({"cuont": 3}, "unknown setting 'cuont'; did you mean count\\? allowed: count, rate"),
+        ({"cuont": 3}, "unknown setting 'cuont' .did you mean count\\?.; allowed: count, rate"),
     ],
 )
 def test_a_wrong_setting_says_what_is_allowed(settings, said):

@@ -216,9 +216,9 @@ def build(cls: type, config: Mapping[str, Any], text: bool = False) -> Any:
     for key, value in config.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f" (did you mean {near[0]}?)" if near else ""
             allowed = ", ".join(known) or "none (this method has no settings)"
-            raise ConfigError(f"{cls.name}: unknown setting {key!r}{hint} allowed: {allowed}")  # type: ignore[attr-defined]
+            raise ConfigError(f"{cls.name}: unknown setting {key!r}{hint}; allowed: {allowed}")  # type: ignore[attr-defined]
         if text:
             options = sorted(_options(known[key].type), key=lambda o: o is str)
             parsed = [v for v in (_from_text(o, value) for o in options) if v is not _BAD]

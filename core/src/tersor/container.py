@@ -35,6 +35,7 @@ from tersor.config import to_json
 from tersor.domains import BY_CODE, DOMAINS
 from tersor.errors import (
     ChecksumError,
+    ConfigError,
     CorruptPayloadError,
     LimitError,
     NotTersorFileError,
@@ -56,7 +57,10 @@ _BITWISE, _RATE, _STATE, _CHECK = 1, 2, 4, 8
 
 def decoded_limit() -> int:
     """Bytes that one decoded array may take: 4 GiB, or what the environment variable TERSOR_MAX_DECODED says."""
-    return int(os.environ.get("TERSOR_MAX_DECODED", 4 << 30))
+    text = os.environ.get("TERSOR_MAX_DECODED", "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"TERSOR_MAX_DECODED={text!r} in the environment; allowed: a number of bytes")
+    return int(text) if text else 4 << 30
 
 
 @attrs.frozen

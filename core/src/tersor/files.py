@@ -23,9 +23,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as raw:
             yield raw
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         try:
             os.unlink(temporary)
         except OSError:
             pass
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # what the user asked for, not what was written on the way
         raise

@@ -1,7 +1,7 @@
 """The command ``tersor``. Commands import what they need when they run, so that ``tersor list`` starts at once.
 
 Exit codes: 0 done; 1 the answer is no (a check failed, a claim does not hold, a plugin is broken); 2 wrong usage or input;
-3 the system refused (file not found, disk full); 130 interrupted.
+3 the system refused (disk full, no permission, no such folder); 130 interrupted.
 """
 
 from __future__ import annotations

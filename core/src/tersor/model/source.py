@@ -38,7 +38,7 @@ class _CachedSession:
         if not 0 <= length <= self.length:
             raise InputError(f"rewind to {length}; allowed: 0 to {self.length}")
         if length < self.length:
-            self.cache.crop(length)
+            self.cache.crop(length - self.length)  # negative: so many tokens less
             self.length = length
 
 

@@ -75,4 +75,4 @@ def test_wrong_settings_and_inputs() -> None:
 
 
 def test_conformance() -> None:
-    assert_conforms("rtn", max_examples=5)
+    assert_conforms("rtn", max_examples=3)

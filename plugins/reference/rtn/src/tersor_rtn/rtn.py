@@ -38,7 +38,7 @@ class RTN(Quantizer):
     @classmethod
     def examples(cls) -> list[RTN]:
         """For the conformance kit."""
-        return [cls(), cls(bits=3, group_size=5, sym=True, clip=True), cls(bits=8, group_size=-1)]
+        return [cls(), cls(bits=3, group_size=5, sym=True, clip=True)]
 
     def bound(self, x: torch.Tensor) -> float | None:
         """Half a step of the widest possible group, an eighth more for the scale's own rounding; None with ``clip``."""
