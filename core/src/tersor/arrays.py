@@ -114,7 +114,7 @@ def buffer(x: Any) -> tuple[str, tuple[int, ...], memoryview]:
         array = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     if name not in SIZES or name == "bytes":
         raise InputError(f"element type {name} cannot be stored; allowed: {', '.join(DTYPES[1:])}")
-    return name, shape, memoryview(array)
+    return name, shape, memoryview(array)  # type: ignore[arg-type]
 
 
 def from_buffer(name: str, shape: tuple[int, ...], view: memoryview, native: str) -> Any:

@@ -61,7 +61,7 @@ def summary(x: Any) -> str:
     return f"a {type(x).__name__}"
 
 
-_F = (
+_F: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bytes", "bytes", dict(elements="bytes")),
     ("array", "any numeric array", dict(elements="any", finite=False)),
     ("image", "float C x H x W in [0, 1], C of 1, 3 or 4", dict(ndim=(3, 3), low=0.0, high=1.0)),

@@ -96,7 +96,7 @@ def claims_of(name: str, kind: str | None = None) -> list[tuple[str, ClaimFuncti
 def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[str, Any]]:
     """Run the claims of a method, yielding each row as it is known.
 
-    Each is a dict of ``claim, metric, ours, baseline, baseline_name, better, holds, seconds`` and, where given, ``margin`` and
+    Each is a dict of ``claim, metric, ours, baseline, baseline_name, better, holds, seconds`` and, where given, ``margin``, ``tie`` and
     ``note``. ``only``: run the claims whose title or function name contains this.
     """
     ran = False
@@ -113,6 +113,8 @@ def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[s
             }  # fmt: skip
             if row.margin:
                 out["margin"] = row.margin
+            if row.tie:
+                out["tie"] = True
             if row.note:
                 out["note"] = row.note
             yield out

@@ -108,7 +108,7 @@ class Method:
         """The whole configuration, JSON-ready."""
         import attrs
 
-        return {f.name: getattr(self, f.name) for f in attrs.fields(type(self))}  # type: ignore[misc]
+        return {f.name: getattr(self, f.name) for f in attrs.fields(type(self))}  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         changed = _config.changed(self)
@@ -145,7 +145,7 @@ class Method:
         out = object.__new__(type(self))
         import attrs
 
-        for f in attrs.fields(type(self)):  # type: ignore[misc]
+        for f in attrs.fields(type(self)):  # type: ignore[arg-type]
             out.__dict__[f.name] = getattr(self, f.name)
         out.__dict__["_own_state"] = {k: to_native(v, "torch" if self.native == "torch" else "numpy") for k, v in state.items()}
         return out

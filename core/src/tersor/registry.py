@@ -129,7 +129,7 @@ def index() -> dict[tuple[str, str], list[Entry]]:
     return out
 
 
-_classes: dict[tuple[str, str], type] = {}
+_classes: dict[tuple[str, str], Any] = {}
 _failures: dict[tuple[str, str], str] = {}
 
 
@@ -318,13 +318,13 @@ def kind_of(name: str) -> str:
     raise UnknownMethodError(_unknown(None, name, bare))
 
 
-def lookup(kind: str, name: str) -> type:
+def lookup(kind: str, name: str) -> Any:
     """The class of a method: imports the one plugin that offers it.
 
     Raises :class:`tersor.UnknownMethodError`, :class:`tersor.ConflictError` or :class:`tersor.PluginError`.
     """
     index()  # drops the classes below when something was installed or removed
-    cls = _classes.get((kind, name))
+    cls: Any = _classes.get((kind, name))
     if cls is not None:
         return cls
     entry = find(kind, name)

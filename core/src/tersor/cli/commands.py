@@ -303,7 +303,7 @@ def verify_(name: str, seed: int, only: str | None, record: str | None, as_json:
         for row in evidence.verify(name, seed, only):
             rows.append(row)
             if not as_json:
-                sign = "<" if row["better"] == "lower" else ">"
+                sign = ("<" if row["better"] == "lower" else ">") + ("=" if row.get("tie") else "")
                 verdict = "holds" if row["holds"] else "DOES NOT HOLD"
                 click.echo(
                     f"{row['claim']}: {row['metric']} {row['ours']:.5g} {sign} {row['baseline']:.5g} "

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tersor import config, container, registry
 from tersor.api import apply_method, decompress, restore
-from tersor.arrays import to_numpy
+from tersor.arrays import SIZES, buffer, to_numpy
 from tersor.domains import DOMAINS, summary, unwrap
 from tersor.errors import ConfigError, InputError, TersorError
 from tersor.progress import track
@@ -375,7 +375,7 @@ def hostile(payload: Payload, rng: np.random.Generator, count: int) -> list[Payl
         what = int(rng.integers(0, 6))
         key = keys[int(rng.integers(0, len(keys)))] if keys else None
         if what <= 2 and key is not None:
-            dtype, shape, view = container.buffer(parts[key])
+            dtype, shape, view = buffer(parts[key])
             raw = bytearray(view)
             if what == 0 and raw:
                 for at in rng.integers(0, len(raw), 1 + len(raw) // 8):
@@ -387,7 +387,7 @@ def hostile(payload: Payload, rng: np.random.Generator, count: int) -> list[Payl
             if dtype == "bytes":
                 parts[key] = bytes(raw)
             else:
-                size = container.SIZES[dtype]
+                size = SIZES[dtype]
                 whole = raw[: len(raw) // size * size]
                 same = len(whole) == len(view)
                 like = container.Part(key, dtype, shape if same else (len(whole) // size,))
@@ -422,7 +422,7 @@ import json, sys, os
 import numpy as np
 import tersor
 from tersor.domains import unwrap
-from tersor.arrays import to_numpy
+from tersor.arrays import SIZES, buffer, to_numpy
 import xxhash
 out = []
 for line in open(sys.argv[1], encoding="utf-8"):

@@ -63,7 +63,8 @@ class TableSource:
 
 def greedy_tokens(source: TableSource, prompt: Sequence[int], budget: int) -> list[int]:
     """The most probable token at every step, one call each: what an exact decoder has to give."""
-    session, out = source.open(), []
+    session = source.open()
+    out: list[int] = []
     logits = session.extend(prompt)[-1]
     while len(out) < budget:
         token = int(np.argmax(logits))
