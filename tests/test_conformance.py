@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 import tersor
 from tersor import registry
 from tersor.results import Mask

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+
 import tersor
 from tersor import container, registry
 from tersor.domains import unwrap

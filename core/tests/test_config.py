@@ -3,9 +3,10 @@
 import json
 
 import pytest
-import tersor
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tersor
 from tersor import Codec, between, config, field, method, one_of, positive
 
 

@@ -5,9 +5,10 @@ import os
 import attrs
 import numpy as np
 import pytest
-import tersor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tersor
 from tersor import container
 from tersor.container import Header
 from tersor.results import Spec

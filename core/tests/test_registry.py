@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+
 import tersor
 from tersor import registry
 

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from tersor import Codec, Decoded, Decoder, InputError, Pruner, Quantizer, between, container, field, method, registry
 from tersor.testing import CHECKS, assert_conforms, check_method
 from tersor.testing import checks as kit

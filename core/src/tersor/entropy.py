@@ -53,16 +53,14 @@ def _uniform(size: int) -> Any:
 def _fixed_point(counts: np.ndarray) -> np.ndarray:
     """Probabilities in units of 2**-24, each at least 1, that sum to 2**24; ``counts``: int64 n, not negative, not all zero.
 
-    Integer arithmetic only: ``1 + floor(count * room / total)``, where room is 2**24 - n; what rounding leaves goes to the
-    first of the largest.
+    Integer arithmetic only: 1, and a share of the remaining 2**24 - n by the difference of the rounded-down cumulated counts.
     """
     room = _TOTAL - counts.size
-    counts = counts >> max(0, int(counts.max()).bit_length() - 38)  # so that no product below is beyond 63 bits
-    top = int(counts.argmax())
-    out = counts * room // int(counts.sum())
-    out += 1
-    out[top] += _TOTAL - int(out.sum())
-    return out
+    # so that no product below is beyond 63 bits
+    counts = counts >> max(0, int(counts.max()).bit_length() - 38)
+    counts = counts >> max(0, int(counts.sum()).bit_length() - 38)
+    ends = counts.cumsum()
+    return np.diff(ends * room // ends[-1], prepend=0) + 1
 
 
 class Table:

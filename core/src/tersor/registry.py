@@ -344,7 +344,8 @@ def lookup(kind: str, name: str) -> Any:
     from tersor import kinds
 
     base = getattr(kinds, kind.capitalize())
-    if cls is None or not (isinstance(cls, type) and issubclass(cls, base)):
+    sound = isinstance(cls, type) and issubclass(cls, base)
+    if not sound:
         problem = (
             f"it has no tersor_{kind}"
             if cls is None

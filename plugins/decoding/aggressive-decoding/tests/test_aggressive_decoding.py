@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-import tersor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tersor
 from tersor.testing import TableSource, assert_conforms, greedy_tokens
 
 

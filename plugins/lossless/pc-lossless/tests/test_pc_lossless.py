@@ -6,9 +6,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import tersor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tersor
 from tersor import data
 from tersor.testing import assert_conforms
 from tersor_pc_lossless.circuit import TOTAL, UNIT

@@ -2,12 +2,13 @@ import itertools
 
 import numpy as np
 import pytest
-import tersor
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tersor.testing import assert_conforms
 from torch import nn
+
+import tersor
+from tersor.testing import assert_conforms
 
 
 def test_conformance():

@@ -3,8 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tersor_kit_pruning import Masks, largest
 from torch import nn
+
+from tersor_kit_pruning import Masks, largest
 
 
 @given(st.integers(0, 2**16), st.integers(1, 400), st.integers(1, 300), st.floats(0, 1), st.booleans())

@@ -1,4 +1,5 @@
 import numpy as np
+
 import tersor
 from tersor.testing import TableSource, assert_conforms
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 import tersor
 from tersor import metrics
 from tersor.testing import assert_conforms

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 import tersor
 from tersor_kit_reference import decode_image, encode_image, require
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tersor
 import torch
+
+import tersor
 from tersor.testing import assert_conforms
 
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """The codec on synthetic and real images."""
 
 import numpy as np
+
 import tersor
 from tersor.testing import assert_conforms
 

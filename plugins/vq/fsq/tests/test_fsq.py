@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-import tersor
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tersor
 from tersor.testing import assert_conforms
 
 LEVELS = st.lists(st.integers(2, 9), min_size=1, max_size=5).map(tuple)

@@ -1,7 +1,6 @@
 """AggressiveDecoding for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_aggressive_decoding.aggressive import AggressiveDecoding
 
 __all__ = ["AggressiveDecoding"]

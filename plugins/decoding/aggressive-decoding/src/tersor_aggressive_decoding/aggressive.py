@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
+
 from tersor import Decoded, Decoder, InputError, at_least, field, method, one_of
 
 Draft = Callable[[Sequence[int], int], Sequence[int]]

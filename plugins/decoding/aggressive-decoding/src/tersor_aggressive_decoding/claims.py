@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 import tersor
 from tersor.evidence import Row, claim, data
 from tersor.model import TransformersSource

@@ -1,7 +1,6 @@
 """Lossless compression with probabilistic circuits for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_pc_lossless.pc_lossless import PCLossless
 
 __all__ = ["PCLossless"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from tersor import StateError
 
+from tersor import StateError
 from tersor_pc_lossless.hclt import Tree
 
 BITS = 24  # width of a message of the integer circuit

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+
 import tersor
 from tersor.errors import ClaimError
 from tersor.evidence import Row, claim, data

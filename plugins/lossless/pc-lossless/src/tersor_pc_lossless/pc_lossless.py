@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import constriction
 import numpy as np
-from tersor import Codec, InputError, between, field, method, one_of, positive, track
 
+from tersor import Codec, InputError, between, field, method, one_of, positive, track
 from tersor_pc_lossless.circuit import UNIT, Circuit, integers
 from tersor_pc_lossless.hclt import Tree, chow_liu, expectation, initial, maximization, mutual_information
 

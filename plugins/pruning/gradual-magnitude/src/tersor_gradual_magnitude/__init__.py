@@ -1,7 +1,6 @@
 """GradualMagnitude for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_gradual_magnitude.gradual import GradualMagnitude
 
 __all__ = ["GradualMagnitude"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import tersor
 import torch
+from torch import Tensor, nn
+
+import tersor
 from tersor import track
 from tersor.evidence import Row, claim, data
-from torch import Tensor, nn
 
 _STEPS, _BATCH = 2500, 64
 _LARGE = 256

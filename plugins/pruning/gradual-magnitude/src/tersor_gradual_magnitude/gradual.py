@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+from torch import Tensor, nn
+
 from tersor import ConfigError, Pruner, at_least, between, field, method
 from tersor_kit_pruning import Masks, largest
-from torch import Tensor, nn
 
 
 @method

@@ -1,7 +1,6 @@
 """Avif for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_avif.avif import Avif
 
 __all__ = ["Avif"]

@@ -1,7 +1,6 @@
 """Flac for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_flac.flac import Flac
 
 __all__ = ["Flac"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+
 from tersor import Codec, CorruptPayloadError, InputError, Spec, field, method, one_of
 
 

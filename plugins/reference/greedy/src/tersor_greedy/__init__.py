@@ -1,7 +1,6 @@
 """Greedy for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_greedy.greedy import Greedy
 
 __all__ = ["Greedy"]

@@ -1,7 +1,6 @@
 """Jpeg for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_jpeg.jpeg import Jpeg
 
 __all__ = ["Jpeg"]

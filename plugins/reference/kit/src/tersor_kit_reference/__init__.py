@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, features
+
 from tersor import CorruptPayloadError, InputError, MissingLibraryError, Spec
 
 __all__ = ["decode_image", "encode_image", "require"]

@@ -1,7 +1,6 @@
 """Magnitude for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_magnitude.magnitude import Magnitude
 
 __all__ = ["Magnitude"]

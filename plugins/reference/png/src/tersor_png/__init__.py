@@ -1,7 +1,6 @@
 """Png for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_png.png import Png
 
 __all__ = ["Png"]

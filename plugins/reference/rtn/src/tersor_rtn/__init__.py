@@ -1,7 +1,6 @@
 """Round to nearest for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_rtn.rtn import RTN
 
 __all__ = ["RTN"]

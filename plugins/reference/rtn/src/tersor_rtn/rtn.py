@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from tersor import Calibration, ConfigError, Quantizer, Spec, between, field, method
 from tersor_kit_weight_quant import CLIP_RATIOS, fit_grid, load, store
 

@@ -1,7 +1,6 @@
 """Sampling for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_sampling.sampling import Sampling
 
 __all__ = ["Sampling"]

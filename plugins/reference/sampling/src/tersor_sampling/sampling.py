@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import attrs
 import numpy as np
+
 from tersor import Decoded, Decoder, at_least, between, field, method, positive
 
 

@@ -1,7 +1,6 @@
 """Webp for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_webp.webp import Webp
 
 __all__ = ["Webp"]

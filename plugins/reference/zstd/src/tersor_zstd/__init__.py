@@ -1,7 +1,6 @@
 """Zstandard for Tersor."""
 
 from tersor import hookimpl
-
 from tersor_zstd.zstd import Zstd
 
 __all__ = ["Zstd"]

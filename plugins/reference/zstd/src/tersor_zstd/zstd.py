@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import zstandard
+
 from tersor import Codec, CorruptPayloadError, Spec, between, field, method
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import tersor
 import torch
+from torch import Tensor, nn
+
+import tersor
 from tersor import track
 from tersor.evidence import Row, claim, data
-from torch import Tensor, nn
 
 _STEPS, _BATCH, _CROP = 1500, 16, 32
 _HELD_OUT = ("cat", "china")

@@ -7,8 +7,9 @@ import math
 from typing import Any, Self
 
 import torch
-from tersor import Calibration, ConfigError, CorruptPayloadError, InputError, Quantizer, Spec, between, field, method
 from torch import Tensor, nn
+
+from tersor import Calibration, ConfigError, CorruptPayloadError, InputError, Quantizer, Spec, between, field, method
 
 
 @method

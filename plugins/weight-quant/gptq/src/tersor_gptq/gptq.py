@@ -1,0 +1,138 @@
+"""GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor import Calibration, ConfigError, Quantizer, Spec, at_least, between, field, method
+from tersor_kit_weight_quant import (
+    CLIP_RATIOS,
+    Grid,
+    exponent_of,
+    feedback,
+    fit_grid,
+    fit_scale,
+    gram,
+    group_count,
+    load,
+    normalise,
+    store,
+    unit_factor,
+)
+
+
+@method
+class GPTQ(Quantizer):
+    """Columns are rounded one after another; each error is fed back into the columns still to come (section 3, algorithm 1).
+
+    Weights: float, out x in. Calibration: the layer's inputs, samples x in, or their X'X, in x in. What is minimised is
+    |X W' - X Q'|^2, with Hessian H = 2 X'X + damping. The paper feeds errors back through the Cholesky factor of the inverse of H;
+    here it is the factor of H itself, which gives the same codes for one factorisation and no inverse (see the kit's ``hessian``).
+
+    The options of the authors' code (IST-DASLab/gptq) and of AutoGPTQ:
+
+    - ``act_order``: columns of large diagonal first. Groups follow that order, so the group of every column is stored too
+      (5 bits a column at 32 groups).
+    - ``static_groups``: the grids are those of the original weights in their original layout, chosen before the first column is
+      rounded; with ``act_order`` nothing more is stored. Otherwise a group's grid is chosen when its first column comes up.
+    - ``clip``: the range of each group is searched for the least squared error.
+    - Columns that were never active are set to 0, as the authors do.
+    - ``block_size``: columns between matrix products, for speed alone: updates are lazy at every scale, in halves.
+
+    Stored: codes and zero points at ``bits`` bits, scales in float16, group indices. Where H is singular the damping is raised
+    tenfold, with a warning, up to the mean diagonal.
+
+    Raises :class:`tersor.ConfigError` for a group size of 0 or below -1, :class:`tersor.InputError` for NaN and infinity in the
+    weights, :class:`tersor.CalibrationError` for calibration data that is missing, of another width, all zero, not finite, or not
+    positive definite at the highest damping.
+    """
+
+    name = "gptq"
+    domains = ("weight",)
+    native = "torch"
+    calibration = "required"
+
+    bits: int = field(4, between(2, 8), help="bits per weight")
+    group_size: int = field(128, help="weights that share a scale; -1: a whole row")
+    sym: bool = field(False, help="symmetric levels, without zero points")
+    act_order: bool = field(True, help="round columns of large activations first (desc_act)")
+    static_groups: bool = field(False, help="grids of the original weights, in the original layout")
+    clip: bool = field(False, help="search the range of each group for the least squared error")
+    damp: float = field(0.01, between(0, 1), help="damping, as a fraction of the Hessian's mean diagonal")
+    block_size: int = field(32, at_least(1), help="columns between matrix products; changes speed only")
+
+    def __attrs_post_init__(self) -> None:
+        if self.group_size < 1 and self.group_size != -1:
+            raise ConfigError(f"gptq: group_size={self.group_size} is not allowed; allowed: 1 or more, or -1 for a whole row")
+
+    @classmethod
+    def examples(cls) -> list[GPTQ]:
+        """For the conformance kit."""
+        return [cls(group_size=4), cls(bits=3, group_size=-1, sym=True, clip=True, block_size=2)]
+
+    @property
+    def _indexed(self) -> bool:
+        """Whether groups are runs in the order of rounding, which is not the order of the columns."""
+        return self.act_order and not self.static_groups and self.group_size != -1
+
+    def _quantize(self, x: Tensor, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
+        rows, n = x.shape
+        size = max(n, 1) if self.group_size == -1 else self.group_size
+        ratios = CLIP_RATIOS if self.clip else ()
+        steps = 2**self.bits - 1
+
+        hessian = gram(calibration, n)
+        order = torch.arange(n, device=x.device)
+        if self.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+        factor = unit_factor(hessian, order, self.damp)
+
+        exponent = exponent_of(x)
+        columns = normalise(x, exponent).T.contiguous().index_select(0, order)
+        columns[(hessian.diagonal()[order] == 0).nonzero()] = 0.0
+
+        place = torch.arange(n, device=x.device) // size if self._indexed else order // size  # group of the k-th column rounded
+        scale = torch.zeros(group_count(n, size), rows, dtype=torch.float16, device=x.device)
+        zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=x.device)
+        if self.static_groups:
+            ready = fit_grid(x, self.bits, size, self.sym, ratios)
+            scale.copy_(ready.scale.T)
+            zero.copy_(zero if ready.zero is None else ready.zero.T)
+        step = scale.float()
+        inverse = torch.where(step > 0, 1 / step, 0.0)
+        low, high = -zero.float(), steps - zero.float()
+        at = place.tolist()
+
+        def enter(start: int, group: Tensor) -> None:
+            if self.static_groups:
+                return
+            g = at[start]
+            scale[g], z = fit_scale(group, self.bits, self.sym, 0, ratios)
+            if z is not None:
+                zero[g] = z
+            step[g] = scale[g].float()
+            inverse[g] = torch.where(step[g] > 0, 1 / step[g], 0.0)
+            low[g] = -zero[g].float()
+            high[g] = low[g] + steps
+
+        def round_(k: int, w: Tensor, error: Tensor) -> None:
+            g = at[k]
+            torch.mul(w, inverse[g], out=w).round_()
+            torch.clamp(w, low[g], high[g], out=w)
+            error.addcmul_(w, step[g], value=-1)
+
+        feedback(columns, factor, size, enter, round_, self.block_size)
+
+        levels = torch.empty(n, rows, dtype=torch.uint8, device=x.device)
+        for some in torch.arange(n, device=x.device).split(128):
+            levels[order[some]] = columns[some].sub_(low[place[some]]).to(torch.uint8)
+        index = torch.empty_like(order).scatter_(0, order, place) if self._indexed else None
+        grid = Grid(scale.T.contiguous(), None if self.sym else zero.T.contiguous(), self.bits, size, index, exponent)
+        return store(grid, levels.T.contiguous())
+
+    def _dequantize(self, parts: dict[str, Any], spec: Spec) -> Tensor:
+        grid, codes = load(parts, spec.shape, self.bits, self.group_size, self.sym, self._indexed)  # type: ignore[arg-type]
+        return grid.dequantize(codes, getattr(torch, spec.dtype))
