@@ -16,7 +16,7 @@ demo: setup
 	@$(PY) -m demo
 
 test: setup
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(PY) -m ruff check .

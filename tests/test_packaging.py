@@ -1,6 +1,7 @@
 """Every distribution works as a wheel, alone with core; a new author's package works in a fresh environment."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -64,46 +65,80 @@ def closure(name, own):
     return ours, theirs
 
 
+# all tests of this file run in one worker: the wheels are built once
+pytestmark = pytest.mark.xdist_group("packaging")
+
 _OWN = {project(f)["name"]: project(f)["dependencies"] for f in PROJECTS}
 _METHODS = [(project(f)["name"], f) for f in PROJECTS if "entry-points" in project(f)]
 
+#: Reads {"site", "preload", "methods": {name: path}}; for each method a fork whose path holds the site and the method's wheels
+#: checks it. Libraries are imported once, before the forks, so that hundreds of methods take seconds each and not an import.
 _ALONE = """
-import sys
-kind, name = sys.argv[1:3]
-import tersor
-from tersor import registry
-rows = tersor.available()
-assert [r["name"] for r in rows] == [name], rows
-assert rows[0]["status"] == "ok", rows
-from tersor.testing import check_method
-bad = [r for r in check_method(name, max_examples=2, fresh_process=False) if not r.passed]
-assert not bad, bad
+import importlib, json, os, sys, traceback
+job = json.load(sys.stdin)
+sys.path.insert(0, job["site"])
+for name in job["preload"]:
+    importlib.import_module(name)
+
+def check(name):
+    import tersor
+    rows = tersor.available()
+    if [(r["name"], r["status"]) for r in rows] != [(name, "ok")]:
+        return f"found are {rows}"
+    from tersor.testing import check_method
+    return "; ".join(f"{r.check}: {r.reason}" for r in check_method(name, max_examples=2, fresh_process=False) if not r.passed)
+
+for name, path in job["methods"].items():
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.path[:0] = path
+            out = check(name)
+        except BaseException:
+            out = traceback.format_exc()
+        with os.fdopen(write, "w") as file:
+            file.write(out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        print(json.dumps([name, file.read() if os.waitpid(child, 0)[1] == 0 else "the process died"]), flush=True)
 """
 
 
+@pytest.fixture(scope="session")
+def alone(wheels, tmp_path_factory):
+    """What is wrong with each method when its path holds its wheel, core's, its kit's and what their metadata asks for."""
+    groups = {}
+    for name, folder in _METHODS:
+        ours, theirs = closure(name, _OWN)
+        kind = next(iter(project(folder)["entry-points"]))
+        method = next(iter(project(folder)["entry-points"][kind]))
+        groups.setdefault(frozenset(theirs), {})[method] = [str(wheels[o][1]) for o in ours]
+    out = {}
+    for theirs, methods in groups.items():
+        site = tmp_path_factory.mktemp("site")
+        for dist in theirs:
+            for top in {f.parts[0] for f in _LIBRARY[dist].files or []} - {"..", "__pycache__", "bin"}:
+                source = Path(str(_LIBRARY[dist].locate_file(top)))
+                if source.exists() and not (site / top).exists():
+                    (site / top).symlink_to(source)
+        preload = [m for m in ("numpy", "hypothesis", "torch") if m in theirs]
+        job = json.dumps({"site": str(site), "preload": preload, "methods": methods})
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TERSOR_CACHE": str(site)}
+        command = [sys.executable, "-I", "-S", "-c", _ALONE]
+        done = subprocess.run(command, input=job, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out.update(json.loads(line) for line in done.stdout.splitlines())
+    return out
+
+
 @pytest.mark.parametrize(("name", "folder"), _METHODS, ids=[n for n, _ in _METHODS])
-def test_a_wheel_works_alone_with_core(name, folder, wheels, tmp_path):
-    """The path holds the wheel, core, its kits and what their metadata asks for, and nothing else of the workspace."""
-    ours, theirs = closure(name, _OWN)
-    assert "tersor" in ours
+def test_a_wheel_works_alone_with_core(name, folder, alone):
+    ours, _ = closure(name, _OWN)
     assert {o for o in ours if not o.startswith("tersor-kit-")} == {name, "tersor"}, "a method depends on core and its kit only"
-    site = tmp_path / "site"
-    site.mkdir()
-    for dist in theirs:
-        for file in _LIBRARY[dist].files or []:
-            top = file.parts[0]
-            source = Path(str(_LIBRARY[dist].locate_file(top)))
-            if top not in ("..", "__pycache__", "bin") and source.exists() and not (site / top).exists():
-                (site / top).symlink_to(source)
-    kind = next(iter(project(folder)["entry-points"])).removeprefix("tersor.")
-    method = next(iter(project(folder)["entry-points"][f"tersor.{kind}"]))
-    path = [str(wheels[o][1]) for o in ours] + [str(site)]
-    program = f"import sys; sys.path[:0] = {path!r}\n{_ALONE}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERSOR_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program, kind, method], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    kind = next(iter(project(folder)["entry-points"]))
+    assert alone[next(iter(project(folder)["entry-points"][kind]))] == ""
 
 
 @pytest.mark.parametrize("folder", PROJECTS, ids=lambda f: f.name if f.name != "kit" else f"kit-{f.parent.name}")

@@ -10,10 +10,10 @@ machine. Needs ``pip install tersor[entropy]``; without it each function raises 
 =====================================  ===============================================================================
 
 Symbols are numpy arrays or torch tensors of any shape and integer type, and are coded in C order; what comes back is a numpy
-array. Streams are ``bytes`` (decoders take bytes, uint8 and uint32 arrays and tensors) and hold a marker of 16 bits that is
-checked after the last symbol: a changed or cut stream raises :class:`tersor.CorruptPayloadError`, up to one in about 2**16 that
-passes, so this is no replacement for the checksum of the file. Decoding takes time and memory in proportion to the number of
-symbols asked for, whatever the stream says; more than :func:`tersor.container.decoded_limit` is :class:`tersor.LimitError`.
+array. Streams are ``bytes`` (decoders also take uint8 arrays and tensors) and end with 16 bits of a hash: a changed or cut stream
+raises :class:`tersor.CorruptPayloadError`, but for about one in 2**16 that passes, so this does not replace the checksum of the
+file. Decoding takes time and memory in proportion to the number of symbols asked for, whatever the stream says; more than
+:func:`tersor.container.decoded_limit` is :class:`tersor.LimitError`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import math
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from tersor.arrays import to_numpy
 from tersor.container import decoded_limit
@@ -32,7 +33,6 @@ from tersor.errors import CorruptPayloadError, InputError, LimitError, MissingLi
 PRECISION = 24  # bits of constriction's fixed point: the integer probabilities of one table sum to 2**24
 MAX_SYMBOLS = 1 << 20  # of one table
 _TOTAL = 1 << PRECISION
-_MARK, _MARKS = 0xA5C3, 1 << 16
 
 
 @functools.cache
@@ -125,7 +125,6 @@ class _Writer:
 
     def __init__(self) -> None:
         self.coder = _library().stack.AnsCoder()
-        self.coder.encode_reverse(np.array([_MARK], np.int32), _uniform(_MARKS))
 
     def push(self, symbols: np.ndarray, model: Any) -> None:
         self.coder.encode_reverse(symbols, model)
@@ -136,17 +135,16 @@ class _Writer:
             size = 1 << min(16, bits - shift)
             self.push(((values >> np.uint64(shift)) & np.uint64(size - 1)).astype(np.int32), _uniform(size))
 
-    def finish(self) -> bytes:
-        return self.coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+    def finish(self, head: bytes = b"") -> bytes:
+        """``head`` and the stream, and two bytes of their hash."""
+        return _seal(head + self.coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
 
 
 class _Reader:
-    def __init__(self, data: Any) -> None:
-        raw = _raw(data)
-        words = np.frombuffer(raw + b"\0" * (-len(raw) % 4), "<u4").astype(np.uint32)
-        if not words.size or raw[-1] == 0:
-            raise CorruptPayloadError(f"a stream of {len(raw)} bytes is empty, or ends with a zero")
-        self.coder = _library().stack.AnsCoder(words)
+    def __init__(self, raw: bytes) -> None:
+        if raw.endswith(b"\0"):
+            raise CorruptPayloadError("the stream ends with a zero")
+        self.coder = _library().stack.AnsCoder(np.frombuffer(raw + b"\0" * (-len(raw) % 4), "<u4").astype(np.uint32))
 
     def pull(self, model: Any, count: int) -> np.ndarray:
         return self.coder.decode(model, count)
@@ -158,18 +156,25 @@ class _Reader:
         return out
 
     def finish(self) -> None:
-        if self.coder.decode(_uniform(_MARKS)) != _MARK or not self.coder.is_empty():
-            raise CorruptPayloadError("the stream does not end where its symbols do: it is damaged, or of another table")
+        if not self.coder.is_empty():
+            raise CorruptPayloadError("the stream does not end where its symbols do: it was written with another table or shape")
 
 
-def _raw(data: Any) -> bytes:
+def _seal(raw: bytes) -> bytes:
+    return raw + xxhash.xxh3_64_digest(raw)[:2]
+
+
+def _unseal(data: Any) -> bytes:
     if isinstance(data, (bytes, bytearray, memoryview)):
-        return bytes(data)
-    array = to_numpy(data)
-    if array.dtype.name not in ("uint8", "uint32"):
-        raise InputError(f"a stream is bytes, uint8 or uint32; given: {array.dtype}")
-    raw = array.astype("<u4").tobytes() if array.dtype.name == "uint32" else array.tobytes()
-    return raw.rstrip(b"\0") if array.dtype.name == "uint32" else raw
+        raw = bytes(data)
+    else:
+        array = to_numpy(data)
+        if array.dtype != np.uint8:
+            raise InputError(f"a stream is bytes or uint8; given: {array.dtype}")
+        raw = array.tobytes()
+    if len(raw) < 2 or _seal(raw[:-2]) != raw:
+        raise CorruptPayloadError(f"the stream of {len(raw)} bytes does not have the hash that it ends with: it was damaged")
+    return raw[:-2]
 
 
 def _count(shape: int | tuple[int, ...]) -> tuple[tuple[int, ...], int]:
@@ -180,6 +185,11 @@ def _count(shape: int | tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     if 8 * count > decoded_limit():
         raise LimitError(f"{count} symbols take more than the limit of {decoded_limit()} bytes (TERSOR_MAX_DECODED)")
     return shape, count
+
+
+def _nothing(data: Any) -> None:
+    if len(data):
+        raise CorruptPayloadError(f"a stream of {len(data)} bytes where none are needed")
 
 
 def _table(table: Any) -> Table:
@@ -219,10 +229,9 @@ def decode(data: Any, table: Any, shape: int | tuple[int, ...]) -> np.ndarray:
     shape, count = _count(shape)
     small = abs(t.offset) < 1 << 30
     if count == 0 or len(t) == 1:
-        if len(_raw(data)):
-            raise CorruptPayloadError("a stream of bytes where none are needed")
+        _nothing(data)
         return np.full(shape, t.offset, np.int32 if small else np.int64)
-    reader = _Reader(data)
+    reader = _Reader(_unseal(data))
     out = reader.pull(t._model, count)
     reader.finish()
     if t.offset and small:
@@ -326,7 +335,7 @@ def pack(symbols: Any) -> bytes:
     first, last = int(x.min()), int(x.max())
     head = _varint(-2 * first - 1 if first < 0 else 2 * first) + _varint(last - first)
     if first == last:
-        return head
+        return _seal(head)
     dense = last - first < _DENSE
     if dense:
         if abs(first) < 1 << 30 and abs(last) < 1 << 30:
@@ -358,7 +367,7 @@ def pack(symbols: Any) -> bytes:
     for n in range(mantissa, 0, -1):
         out.push_raw(bits[kept == n].astype(np.uint64), n)
     out.push(steps, _steps(_SAME[chance]))
-    return head + bytes([chance << 4 | mantissa]) + out.finish()
+    return out.finish(head + bytes([chance << 4 | mantissa]))
 
 
 def unpack(data: Any, shape: int | tuple[int, ...], dtype: str = "int64") -> np.ndarray:
@@ -367,14 +376,13 @@ def unpack(data: Any, shape: int | tuple[int, ...], dtype: str = "int64") -> np.
     Raises :class:`tersor.CorruptPayloadError` (also where a value does not fit ``dtype``), :class:`tersor.LimitError`.
     """
     shape, count = _count(shape)
-    raw = _raw(data)
     kind = np.dtype(dtype)
     if kind.kind not in "iub":
         raise InputError(f"dtype is an integer type; given: {dtype}")
     if count == 0:
-        if raw:
-            raise CorruptPayloadError("a stream of bytes where none are needed")
+        _nothing(data)
         return np.empty(shape, kind)
+    raw = _unseal(data)
     first, at = _read_varint(raw, 0)
     first = -(first + 1) // 2 if first % 2 else first // 2
     span, at = _read_varint(raw, at)
@@ -601,10 +609,9 @@ def decode_gaussian(data: Any, mean: Any, std: Any, shape: int | tuple[int, ...]
     shape, count = _count(shape)
     whole, ids = _grid(mean, std, count)
     if count == 0:
-        if len(_raw(data)):
-            raise CorruptPayloadError("a stream of bytes where none are needed")
+        _nothing(data)
         return np.empty(shape, np.int32)
-    reader = _Reader(data)
+    reader = _Reader(_unseal(data))
     order, groups = _groups(ids)
     coded = np.empty(count, np.int32)
     for table, start, stop in groups:
