@@ -33,6 +33,7 @@ from tersor.errors import CorruptPayloadError, InputError, LimitError, MissingLi
 PRECISION = 24  # bits of constriction's fixed point: the integer probabilities of one table sum to 2**24
 MAX_SYMBOLS = 1 << 20  # of one table
 _TOTAL = 1 << PRECISION
+_START = np.array([1], np.uint32)
 
 
 @functools.cache
@@ -124,7 +125,8 @@ class _Writer:
     """The coder as a stack: what is pushed last is read first."""
 
     def __init__(self) -> None:
-        self.coder = _library().stack.AnsCoder()
+        # not empty: a symbol that comes first in its table would leave no trace in an empty coder
+        self.coder = _library().stack.AnsCoder(_START)
 
     def push(self, symbols: np.ndarray, model: Any) -> None:
         self.coder.encode_reverse(symbols, model)
@@ -142,8 +144,8 @@ class _Writer:
 
 class _Reader:
     def __init__(self, raw: bytes) -> None:
-        if raw.endswith(b"\0"):
-            raise CorruptPayloadError("the stream ends with a zero")
+        if not raw or raw[-1] == 0:
+            raise CorruptPayloadError("the stream is empty, or ends with a zero")
         self.coder = _library().stack.AnsCoder(np.frombuffer(raw + b"\0" * (-len(raw) % 4), "<u4").astype(np.uint32))
 
     def pull(self, model: Any, count: int) -> np.ndarray:
@@ -156,7 +158,7 @@ class _Reader:
         return out
 
     def finish(self) -> None:
-        if not self.coder.is_empty():
+        if not np.array_equal(self.coder.get_compressed(), _START):
             raise CorruptPayloadError("the stream does not end where its symbols do: it was written with another table or shape")
 
 

@@ -295,9 +295,11 @@ class Method:
 
 
 def _check(x: Any) -> int:
-    """32 bits of the content of an array or bytes, kept with losslessly coded data."""
+    """32 bits of the content of an array or bytes, kept with losslessly coded data; -0.0 counts as 0.0, which it equals."""
     import xxhash
 
+    if hasattr(x, "dtype") and is_float(dtype_name(x)):
+        x = x + 0
     return xxhash.xxh3_64_intdigest(buffer(x)[2]) & 0xFFFFFFFF
 
 

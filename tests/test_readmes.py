@@ -1,0 +1,21 @@
+"""The Python examples of every README run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = [p for p in sorted([ROOT / "README.md", ROOT / "core/README.md", *ROOT.glob("plugins/*/*/README.md")]) if "```python" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.parent.relative_to(ROOT)))
+def test_examples_run(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
+        exec(compile(block, str(path), "exec"), {"__name__": "example"})
+
+
+def test_every_method_has_a_runnable_example():
+    folders = {p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml") if p.parent.name != "kit"}
+    assert folders <= {p.parent for p in READMES}
