@@ -33,7 +33,6 @@ from tersor.errors import CorruptPayloadError, InputError, LimitError, MissingLi
 PRECISION = 24  # bits of constriction's fixed point: the integer probabilities of one table sum to 2**24
 MAX_SYMBOLS = 1 << 20  # of one table
 _TOTAL = 1 << PRECISION
-_START = np.array([1], np.uint32)
 
 
 @functools.cache
@@ -125,8 +124,7 @@ class _Writer:
     """The coder as a stack: what is pushed last is read first."""
 
     def __init__(self) -> None:
-        # not empty: a symbol that comes first in its table would leave no trace in an empty coder
-        self.coder = _library().stack.AnsCoder(_START)
+        self.coder = _library().stack.AnsCoder()
 
     def push(self, symbols: np.ndarray, model: Any) -> None:
         self.coder.encode_reverse(symbols, model)
@@ -137,15 +135,15 @@ class _Writer:
             size = 1 << min(16, bits - shift)
             self.push(((values >> np.uint64(shift)) & np.uint64(size - 1)).astype(np.int32), _uniform(size))
 
-    def finish(self, head: bytes = b"") -> bytes:
-        """``head`` and the stream, and two bytes of their hash."""
-        return _seal(head + self.coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
+    def finish(self, count: int, head: bytes = b"") -> bytes:
+        """``head`` and the stream of ``count`` symbols, sealed."""
+        return _seal(count, head + self.coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
 
 
 class _Reader:
     def __init__(self, raw: bytes) -> None:
-        if not raw or raw[-1] == 0:
-            raise CorruptPayloadError("the stream is empty, or ends with a zero")
+        if raw.endswith(b"\0"):
+            raise CorruptPayloadError("the stream ends with a zero")
         self.coder = _library().stack.AnsCoder(np.frombuffer(raw + b"\0" * (-len(raw) % 4), "<u4").astype(np.uint32))
 
     def pull(self, model: Any, count: int) -> np.ndarray:
@@ -158,15 +156,16 @@ class _Reader:
         return out
 
     def finish(self) -> None:
-        if not np.array_equal(self.coder.get_compressed(), _START):
-            raise CorruptPayloadError("the stream does not end where its symbols do: it was written with another table or shape")
+        if not self.coder.is_empty():
+            raise CorruptPayloadError("the stream does not end where its symbols do: it was written with another table")
 
 
-def _seal(raw: bytes) -> bytes:
-    return raw + xxhash.xxh3_64_digest(raw)[:2]
+def _seal(count: int, raw: bytes) -> bytes:
+    """``raw`` and two bytes of the hash of it and of the number of symbols, which it does not hold itself."""
+    return raw + xxhash.xxh3_64_digest(raw, seed=count)[:2]
 
 
-def _unseal(data: Any) -> bytes:
+def _unseal(count: int, data: Any) -> bytes:
     if isinstance(data, (bytes, bytearray, memoryview)):
         raw = bytes(data)
     else:
@@ -174,8 +173,8 @@ def _unseal(data: Any) -> bytes:
         if array.dtype != np.uint8:
             raise InputError(f"a stream is bytes or uint8; given: {array.dtype}")
         raw = array.tobytes()
-    if len(raw) < 2 or _seal(raw[:-2]) != raw:
-        raise CorruptPayloadError(f"the stream of {len(raw)} bytes does not have the hash that it ends with: it was damaged")
+    if len(raw) < 2 or _seal(count, raw[:-2]) != raw:
+        raise CorruptPayloadError(f"the stream of {len(raw)} bytes is damaged, or does not hold {count} symbols")
     return raw[:-2]
 
 
@@ -214,7 +213,7 @@ def encode(symbols: Any, table: Any) -> bytes:
         out.push(x, t._model)
     except KeyError:
         raise _outside(symbols, t) from None
-    return out.finish()
+    return out.finish(x.size)
 
 
 def _outside(symbols: Any, t: Table) -> InputError:
@@ -233,7 +232,7 @@ def decode(data: Any, table: Any, shape: int | tuple[int, ...]) -> np.ndarray:
     if count == 0 or len(t) == 1:
         _nothing(data)
         return np.full(shape, t.offset, np.int32 if small else np.int64)
-    reader = _Reader(_unseal(data))
+    reader = _Reader(_unseal(count, data))
     out = reader.pull(t._model, count)
     reader.finish()
     if t.offset and small:
@@ -337,7 +336,7 @@ def pack(symbols: Any) -> bytes:
     first, last = int(x.min()), int(x.max())
     head = _varint(-2 * first - 1 if first < 0 else 2 * first) + _varint(last - first)
     if first == last:
-        return _seal(head)
+        return _seal(x.size, head)
     dense = last - first < _DENSE
     if dense:
         if abs(first) < 1 << 30 and abs(last) < 1 << 30:
@@ -369,7 +368,7 @@ def pack(symbols: Any) -> bytes:
     for n in range(mantissa, 0, -1):
         out.push_raw(bits[kept == n].astype(np.uint64), n)
     out.push(steps, _steps(_SAME[chance]))
-    return out.finish(head + bytes([chance << 4 | mantissa]))
+    return out.finish(x.size, head + bytes([chance << 4 | mantissa]))
 
 
 def unpack(data: Any, shape: int | tuple[int, ...], dtype: str = "int64") -> np.ndarray:
@@ -384,7 +383,7 @@ def unpack(data: Any, shape: int | tuple[int, ...], dtype: str = "int64") -> np.
     if count == 0:
         _nothing(data)
         return np.empty(shape, kind)
-    raw = _unseal(data)
+    raw = _unseal(count, data)
     first, at = _read_varint(raw, 0)
     first = -(first + 1) // 2 if first % 2 else first // 2
     span, at = _read_varint(raw, at)
@@ -600,7 +599,7 @@ def encode_gaussian(symbols: Any, mean: Any, std: Any) -> bytes:
         out.push(lengths.astype(np.int32), _uniform(_CLASSES))
     for table, start, stop in reversed(groups):
         out.push(coded[start:stop], _gaussian(table))
-    return out.finish()
+    return out.finish(x.size)
 
 
 def decode_gaussian(data: Any, mean: Any, std: Any, shape: int | tuple[int, ...]) -> np.ndarray:
@@ -613,7 +612,7 @@ def decode_gaussian(data: Any, mean: Any, std: Any, shape: int | tuple[int, ...]
     if count == 0:
         _nothing(data)
         return np.empty(shape, np.int32)
-    reader = _Reader(_unseal(data))
+    reader = _Reader(_unseal(count, data))
     order, groups = _groups(ids)
     coded = np.empty(count, np.int32)
     for table, start, stop in groups:

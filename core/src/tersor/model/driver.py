@@ -372,7 +372,7 @@ def compress_model(
 
     header = container.Header(
         kind="model", method=method.name, distribution=method.origin()[0], version=__version__,
-        meta={**meta, "recipe": rules, "method": str(method)}, spec=Spec("weight", (), "float32"),
+        bitwise=all(m.bitwise for m in (method, *(r[1] for r in recipe.rules)) if m is not None), meta={**meta, "recipe": rules, "method": str(method)}, spec=Spec("weight", (), "float32"),
     )  # fmt: skip
     container.write(out, header, parts)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
