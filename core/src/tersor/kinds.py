@@ -299,7 +299,8 @@ def _check(x: Any) -> int:
     import xxhash
 
     if hasattr(x, "dtype") and is_float(dtype_name(x)):
-        x = x + 0
+        with np.errstate(invalid="ignore"):
+            x = x + 0
     return xxhash.xxh3_64_intdigest(buffer(x)[2]) & 0xFFFFFFFF
 
 

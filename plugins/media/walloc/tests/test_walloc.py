@@ -192,6 +192,11 @@ def test_shipped_states_fit_the_promise():
     assert sizes[0] < 0.2
     assert errors[0] > 23.5
     assert codec.latent(x).size * 16 == x.numel()
+    wide = WaLLoC(latent_channels=48)
+    assert wide.latent(x).size * 4 == x.numel()
+    assert (wide.decode(wide.encode(x)) - x).square().mean() < 10**-3.1
+    with pytest.raises(tersor.MissingStateError, match="given: audio"):
+        wide.encode(tersor.Audio(torch.zeros(2, 64), 8000.0))
     grey = codec.decode(codec.encode(x[:1]))
     assert (grey - x[:1]).square().mean() < 10**-2.4
     sound = 0.3 * torch.sin(torch.arange(44100) * (2 * torch.pi * 440 / 44100)).repeat(2, 1)

@@ -13,8 +13,7 @@ from tersor.evidence import Row, claim, data
 from tersor_walloc.walloc import WaLLoC
 from tersor_walloc.wavelet import analysis
 
-QUALITIES = (1, 2, 3, 5, 8)
-JPEG_QUALITIES = (1, 3, 6, 10, 15, 22, 32, 45)
+JPEG_QUALITIES = (1, 3, 6, 10, 15, 22, 32, 45, 60, 75, 85)  # in order of size
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -62,30 +61,33 @@ def curve(codecs: list[tersor.Codec], x: torch.Tensor) -> np.ndarray:
 @claim("less distortion than jpeg at equal bits per pixel, at low rates")
 def below_jpeg(seed: int) -> Iterator[Row]:
     jpeg = [tersor.codec("jpeg", quality=q) for q in JPEG_QUALITIES]
-    ours = [WaLLoC(quality=q) for q in QUALITIES]
+    settings = [(None, q) for q in (1, 2, 3, 5, 8)] + [(48, q) for q in (1, 4, 8)]
+    ours = [WaLLoC(latent_channels=latents, quality=q) for latents, q in settings]
     for label, images in (("photographs", data.photographs()), ("Kodak images", kodak())):
         every = []
         for name, array in images.items():
             x = torch.from_numpy(array)
             bits, *got = curve(ours, x)
             jpeg_bits, *theirs = curve(jpeg, x)
-            order = np.argsort(jpeg_bits)
-            base = [np.interp(np.log(bits), np.log(jpeg_bits[order]), side[order]) for side in theirs]
-            every.append((bits, *got, *base))
+            base = [np.interp(np.log(bits), np.log(jpeg_bits), side) for side in theirs]
+            every.append((bits, *got, *base, bits < jpeg_bits.min()))
             if label == "photographs":
-                reach = f"; jpeg's smallest file has {jpeg_bits.min():.3f}" if bits[1] < jpeg_bits.min() else ""
-                note = f"quality 2, {bits[1]:.3f} bits per pixel; jpeg interpolated over log rate{reach}"
+                reach = f"; jpeg's smallest file has {jpeg_bits.min():.3f}" if bits[3] < jpeg_bits.min() else ""
+                note = f"{ours[3]}, {bits[3]:.3f} bits per pixel; jpeg interpolated over log rate{reach}"
                 for metric, a, b in (("PSNR (dB)", got[0], base[0]), ("MS-SSIM (dB)", got[1], base[1])):
-                    yield Row(claim=f"{name}: less distortion than jpeg at equal bits", metric=metric, ours=a[1], baseline=b[1],
+                    yield Row(claim=f"{name}: less distortion than jpeg at equal bits", metric=metric, ours=a[3], baseline=b[3],
                               baseline_name="jpeg", better="higher", note=note)  # fmt: skip
         if not every:
             continue
         mean = np.mean(every, 0)
-        for i, quality in enumerate(QUALITIES):
+        short = np.sum([one[-1] for one in every], 0)
+        for i, codec in enumerate(ours):
+            note = f"{mean[0][i]:.3f} bits per pixel on average; jpeg interpolated over log rate, image by image"
+            if short[i]:
+                note += f"; {short[i]} of these files are smaller than any of jpeg's, which are then compared at quality 1"
             for metric, a, b in (("mean PSNR (dB)", mean[1], mean[3]), ("mean MS-SSIM (dB)", mean[2], mean[4])):
-                title = f"{len(every)} {label}, quality {quality}: less distortion than jpeg at equal bits"
-                yield Row(claim=title, metric=metric, ours=a[i], baseline=b[i], baseline_name="jpeg", better="higher",
-                          note=f"{mean[0][i]:.3f} bits per pixel on average; jpeg interpolated over log rate, image by image")  # fmt: skip
+                title = f"{len(every)} {label}, {codec}: less distortion than jpeg at equal bits"
+                yield Row(claim=title, metric=metric, ours=a[i], baseline=b[i], baseline_name="jpeg", better="higher", note=note)
 
 
 @claim("the dimensionality reduction is the same for every image")

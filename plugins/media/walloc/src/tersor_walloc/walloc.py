@@ -57,9 +57,8 @@ class WaLLoC(Codec):
     steps: int = field(4000, at_least(1), help="training steps (for fit)")
 
     def _default_state(self) -> Path | None:
-        if self.levels is not None or self.latent_channels is not None:
-            return None
-        return Path(__file__).parent / "states" / "default.safetensors"
+        name = {None: "default.safetensors", 48: "image48.safetensors"}.get(self.latent_channels)
+        return Path(__file__).parent / "states" / name if name and self.levels is None else None
 
     def _shape(self, domain: str) -> tuple[int, int]:
         return self.levels or LEVELS[domain], self.latent_channels or LATENTS[domain]
