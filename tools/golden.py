@@ -29,7 +29,7 @@ def main(version: str) -> None:
         if entry["kind"] == "decoder":
             continue
         cls = registry.lookup(entry["kind"], entry["name"])
-        for number, m in enumerate(cls.examples()):
+        for number, m in enumerate([*cls.examples(), *([cls()] if cls.fitted else [])]):
             if m.fitted and m._default_state() is None:
                 continue  # a state that is not shipped cannot be found again
             found: list[tersor.Payload] = []
