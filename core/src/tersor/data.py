@@ -16,15 +16,13 @@ from tersor.errors import ClaimError
 
 
 def shared(name: str) -> Path | None:
-    """A file below the folder that the environment variable TERSOR_DATA names (``../shared/data`` of a checkout), or None.
+    """A file below the folder that the environment variable TERSOR_DATA names, or None.
 
     Standard sets (WikiText-2, Kodak, MNIST) are not shipped; claims add rows for them where they are at hand.
     """
-    for folder in filter(None, [os.environ.get("TERSOR_DATA"), "../shared/data"]):
-        path = Path(folder, name)
-        if path.exists():
-            return path
-    return None
+    folder = os.environ.get("TERSOR_DATA")
+    path = Path(folder, name) if folder else None
+    return path if path is not None and path.exists() else None
 
 
 def _need(package: str, what: str) -> ClaimError:
