@@ -52,6 +52,7 @@ MAX_HEADER = 1 << 26
 MAX_PARTS = 1 << 20
 MAX_DIMENSIONS = 32
 LEAF = 1 << 24
+_PIECE = 1 << 20
 _BITWISE, _RATE, _STATE, _CHECK = 1, 2, 4, 8
 
 
@@ -192,12 +193,43 @@ def dumps(header: Header, parts: Mapping[str, Any]) -> bytes:
 def write(target: str | os.PathLike[str] | BinaryIO, header: Header, parts: Mapping[str, Any]) -> int:
     """Write the file to a path (atomically) or to a binary file object; returns the number of bytes.
 
-    The digest is computed on other threads while the parts are written. Raises OSError as the system does.
+    The digest of a large file is computed on other threads while the parts are written. Raises OSError as the system does.
     """
+    head, buffers, align = _plan(header, parts)
+    total = sum(map(len, buffers))
     if not hasattr(target, "write"):
         with atomic_write(target) as file:
-            return write(file, header, parts)
-    head, buffers, align = _plan(header, parts)
+            if total >= 4 * LEAF and hasattr(os, "pwrite"):
+                return _write_large(file.fileno(), head, buffers, align)
+            return _write(file, head, buffers, align)
+    return _write(target, head, buffers, align)
+
+
+def _write_large(file: int, head: bytes, buffers: list[memoryview], align: int) -> int:
+    """Two threads take the leaves in turn; each piece of a leaf is hashed while the copy that wrote it is still in the cache."""
+    places, position = [0], len(head)
+    for view in buffers:
+        position += _padding(position, align)
+        places += range(position, position + len(view), LEAF)
+        position += len(view)
+
+    def put(leaf: memoryview | bytes, place: int) -> bytes:
+        state = xxhash.xxh3_64()
+        for start in range(0, len(leaf), _PIECE):
+            piece = leaf[start : start + _PIECE]
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(file, piece[done:], place + start + done)
+            state.update(piece)
+        return bytes(state.digest())
+
+    with ThreadPoolExecutor(2) as pool:
+        digests = b"".join(pool.map(put, _leaves(head, buffers), places))
+    os.pwrite(file, xxhash.xxh3_64_digest(digests), position)  # the gaps between parts are holes, which read as zeros
+    return position + 8
+
+
+def _write(target: BinaryIO, head: bytes, buffers: list[memoryview], align: int) -> int:
     total = sum(map(len, buffers))
     pending: Future[bytes] | None = None
     pool = ThreadPoolExecutor(1) if total >= 4 * LEAF else None

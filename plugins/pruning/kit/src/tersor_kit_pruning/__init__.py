@@ -11,54 +11,67 @@ from torch import Tensor, nn
 
 __all__ = ["Masks", "largest", "weights_of"]
 
-_SAMPLE = 1 << 14
+_SAMPLE, _BLOCK = 1 << 16, 1 << 17  # elements; a block's magnitudes stay in the cache
 
 
 def largest(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Boolean masks, True at the ``count`` elements of largest magnitude over all tensors together; of equals the first are kept.
 
-    A sample brackets the threshold, so that only the few elements inside the bracket are sorted: about two passes over the
-    memory instead of a sort.
+    A sample brackets the threshold, so that only the few elements inside the bracket are kept aside and selected from: one pass
+    over the memory instead of a sort, and beside the masks no more memory than those few.
     """
     total = sum(t.numel() for t in tensors.values())
     if not 0 <= count <= total:
         raise ValueError(f"count={count}; allowed: 0 to {total}")
     if count in (0, total):
         return {k: torch.full(t.shape, count > 0) for k, t in tensors.items()}
-    size = torch.empty(total)
-    start = 0
-    for t in tensors.values():
-        torch.abs(t.detach().reshape(-1).float(), out=size[start : start + t.numel()])
-        start += t.numel()
-    threshold, above = _threshold(size.numpy(), count)
-    keep = size > threshold
-    missing = count - above
-    if missing:
-        ties = torch.nonzero(size == threshold).reshape(-1)[:missing]
-        keep[ties] = True
-    return {
-        k: m.reshape(t.shape)
-        for (k, t), m in zip(tensors.items(), keep.split([t.numel() for t in tensors.values()]), strict=True)
-    }
+    flat = [t.detach().reshape(-1) for t in tensors.values()]
+    masks = [np.empty(t.numel(), bool) for t in flat]
+    low, high = _bracket(flat, count, total)
+    over, near = _split(flat, masks, low, high)
+    values = np.concatenate([v for _, _, v in near])
+    if not 0 < count - over <= values.size:  # the sample was not like the rest
+        over, near = _split(flat, masks, -np.inf, np.inf)
+        values = np.concatenate([v for _, _, v in near])
+    place = values.size - (count - over)
+    threshold = np.partition(values, place)[place]
+    ties = count - over - int(np.count_nonzero(values > threshold))
+    for mask, places, v in near:
+        keep = v > threshold
+        if ties:
+            equal = np.flatnonzero(v == threshold)[:ties]
+            keep[equal] = True
+            ties -= equal.size
+        mask[places] = keep
+    return {k: torch.from_numpy(m).reshape(t.shape) for (k, t), m in zip(tensors.items(), masks, strict=True)}
 
 
-def _threshold(size: np.ndarray, count: int) -> tuple[float, int]:
-    """The ``count``-th largest value, and how many are larger."""
-    n = size.size
-    low, high = -np.inf, np.inf
-    if n > 8 * _SAMPLE:
-        sample = np.sort(size[:: n // _SAMPLE])
-        place = int((1 - count / n) * sample.size)
-        slack = 4 * int(np.sqrt(_SAMPLE))
-        low = float(sample[place - slack]) if place >= slack else -np.inf
-        high = float(sample[place + slack]) if place + slack < sample.size else np.inf
-    over = int(np.count_nonzero(size > high)) if np.isfinite(high) else 0
-    inside = size[(size >= low) & (size <= high)] if np.isfinite(low) or np.isfinite(high) else size
-    wanted = count - over
-    if not 0 < wanted <= inside.size:  # the sample was not like the rest
-        inside, wanted = size, count
-    value = float(np.partition(inside, inside.size - wanted)[inside.size - wanted])
-    return value, int(np.count_nonzero(size > value))
+def _bracket(flat: list[Tensor], count: int, total: int) -> tuple[float, float]:
+    """Bounds between which the ``count``-th largest magnitude most likely is, from a sample."""
+    step = total // _SAMPLE
+    if step < 4:
+        return -np.inf, np.inf
+    sample = np.sort(torch.cat([t[::step].float() for t in flat]).abs().numpy())
+    place, slack = int((1 - count / total) * sample.size), 4 * int(sample.size**0.5)
+    low = float(sample[place - slack]) if place >= slack else -np.inf
+    return low, float(sample[place + slack]) if place + slack < sample.size else np.inf
+
+
+def _split(
+    flat: list[Tensor], masks: list[np.ndarray], low: float, high: float
+) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Set the masks at magnitudes above ``high``; how many those are, and (mask of the block, places, magnitudes) of what lies
+    between the bounds."""
+    over, near = 0, []
+    for t, mask in zip(flat, masks, strict=True):
+        for start in range(0, t.numel(), _BLOCK):
+            size = t[start : start + _BLOCK].float().abs().numpy()
+            part = mask[start : start + _BLOCK]
+            np.greater(size, high, out=part)
+            over += int(np.count_nonzero(part))
+            places = np.flatnonzero((size >= low) != part)
+            near.append((part, places, size[places]))
+    return over, near
 
 
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
