@@ -19,7 +19,7 @@ TITLES = (
     "A photograph through walloc, jpeg and webp",
     "Handwritten digits, exactly: pc-lossless, png, webp, zstd",
     "Pruning in training: large-sparse against small-dense at equal bytes",
-    "Aggressive decoding: SmolLM2 corrects a text",
+    "Aggressive decoding: SmolLM2 writes misspelt sentences again",
 )
 
 

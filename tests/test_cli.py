@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -212,3 +213,14 @@ def test_doctor(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0, out
     assert all(r["status"] == "ok" for r in json.loads(out))
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="needs a pseudo-terminal")
+def test_a_terminal_shows_progress_and_a_pipe_does_not(tmp_path):
+    command = f"{sys.executable} -m tersor check greedy"
+    piped = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "\x1b" not in piped.stdout + piped.stderr
+    shown = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "checking greedy" in shown.stdout
+    assert "same-as-greedy" in shown.stdout
+    assert os.listdir(tmp_path) == []

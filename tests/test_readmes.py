@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-READMES = [p for p in sorted([ROOT / "README.md", ROOT / "core/README.md", *ROOT.glob("plugins/*/*/README.md")]) if "```python" in p.read_text()]
+READMES = [
+    p
+    for p in sorted([ROOT / "README.md", ROOT / "core/README.md", *ROOT.glob("plugins/*/*/README.md")])
+    if "```python" in p.read_text()
+]
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.parent.relative_to(ROOT)))

@@ -164,3 +164,15 @@ def test_the_system_says_disk_full():
     payload = tersor.codec("zstd").encode(os.urandom(300_000))
     with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         container.write(file, payload._header(), payload.parts)
+
+
+@pytest.mark.parametrize(("number", "text"), [(30, "Read-only file system"), (13, "Permission denied")])
+def test_a_refusal_of_the_system_names_the_file_that_was_asked_for(tmp_path, monkeypatch, number, text):
+    def refuse(path, *_, **__):
+        raise OSError(number, text, str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(OSError, match=f"{text}: '{tmp_path}/x.tsr'"):
+        tersor.codec("zstd").encode(b"x").save(tmp_path / "x.tsr")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []

@@ -202,7 +202,7 @@ def write(target: str | os.PathLike[str] | BinaryIO, header: Header, parts: Mapp
             if total >= 4 * LEAF and hasattr(os, "pwrite"):
                 return _write_large(file.fileno(), head, buffers, align)
             return _write(file, head, buffers, align)
-    return _write(target, head, buffers, align)
+    return _write(target, head, buffers, align)  # type: ignore[arg-type]
 
 
 def _write_large(file: int, head: bytes, buffers: list[memoryview], align: int) -> int:

@@ -165,11 +165,14 @@ def _manager() -> pluggy.PluginManager:
 _pm: pluggy.PluginManager | None = None
 
 
+def cache_folder() -> Path:
+    """Where Tersor keeps what it can make again: TERSOR_CACHE, or ``tersor`` in the user's cache folder."""
+    own = os.environ.get("TERSOR_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "tersor")
+
+
 def _cache_file() -> Path:
-    base = os.environ.get("TERSOR_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "tersor"
-    )
-    return Path(base, "broken.json")
+    return cache_folder() / "broken.json"
 
 
 def _stamp(entry: Entry) -> str:

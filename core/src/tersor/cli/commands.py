@@ -24,7 +24,7 @@ def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
     """Plain aligned columns, cut to the terminal's width where there is one."""
     cells = [columns] + [[_cell(r.get(c, "")) for c in columns] for r in rows]
     widths = [max(len(r[i]) for r in cells) for i in range(len(columns))]
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    width = (os.get_terminal_size().columns if sys.stdout.isatty() else 0) or 10**6  # 0: the terminal does not say
     for row in cells:
         click.echo("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()[:width])
 
@@ -168,7 +168,7 @@ def compress_(
             {"output": str(target), "method": str(m), "input_bytes": before, "bytes": after, "ratio": before / max(after, 1)}
         )
     else:
-        click.echo(f"{target}: {before:,} bytes to {after:,} ({before / max(after, 1):.2f} times smaller) with {m}")
+        click.echo(f"{target}: {before:,} bytes to {after:,} ({after / max(before, 1):.1%}) with {m}")
 
 
 @click.command("decompress")
@@ -274,6 +274,10 @@ def bench_(files: tuple[str, ...], with_: tuple[str, ...], plot: str | None, rep
 def check_(name: str, examples: int, as_json: bool) -> None:
     """Run the conformance checks of NAME's kind; exit code 1 if one fails."""
     from tersor.progress import on_terminal
+    from tersor.registry import cache_folder
+
+    # hypothesis would otherwise leave a folder where the command is run
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(cache_folder() / "hypothesis"))
     from tersor.testing import check_method
 
     with on_terminal():

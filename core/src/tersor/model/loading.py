@@ -13,6 +13,7 @@ from typing import Any
 
 from tersor.errors import InputError
 from tersor.io import _library
+from tersor.registry import cache_folder
 
 
 @contextlib.contextmanager
@@ -43,14 +44,6 @@ def offline() -> Iterator[Any]:
             os.environ["HF_HUB_OFFLINE"] = before
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: TERSOR_CACHE, or ``tersor`` in the user's cache folder."""
-    base = os.environ.get("TERSOR_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "tersor"
-    )
-    return Path(base, "models")
-
-
 def as_folder(path: str | os.PathLike[str]) -> Path:
     """A transformers folder for a model: the folder itself, or the cached conversion of a GGUF file.
 
@@ -64,7 +57,7 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
     if p.suffix != ".gguf":
         raise InputError(f"{p} is not a model; allowed: a transformers folder or a .gguf file")
     stat = p.stat()
-    target = cache_folder() / f"{p.stem}-{stat.st_size}"
+    target = cache_folder() / "models" / f"{p.stem}-{stat.st_size}"
     if (target / "config.json").is_file():
         return target
     with offline() as transformers:
