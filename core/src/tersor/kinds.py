@@ -499,7 +499,7 @@ class Pruner(Method):
                     f"{self.name}: mask of shape {tuple(mask[name].shape)} for a tensor of shape {tuple(value.shape)}"
                 )
             native, kept = to_native(value, self.native), to_native(mask[name], self.native)
-            return native.masked_fill(~kept, 0) if is_torch(native) else np.where(kept, native, native.dtype.type(0))
+            return native.where(kept, 0) if is_torch(native) else np.where(kept, native, native.dtype.type(0))
 
         out = operate("apply", self, lambda: {k: one(k, v) for k, v in tensors.items()})
         return out if isinstance(x, Mapping) else out[""]
