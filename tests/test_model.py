@@ -214,15 +214,176 @@ def test_other_settings_do_not_take_up_an_old_journal(llama, tmp_path, monkeypat
     assert sorted(os.listdir(tmp_path)) == ["m.tsr"]
 
 
-def test_a_file_name_in_a_model_file_cannot_leave_the_folder(llama, tmp_path):
+HOSTILE = {
+    "a path": ({"f:../evil.json": b"x"}, {}),
+    "no name": ({"f:": b"x"}, {}),
+    "a zero byte": ({"f:a\0.json": b"x"}, {}),
+    "code": ({"f:modeling_x.py": b"x"}, {}),
+    "a long name": ({"f:" + "x" * 300 + ".json": b"x"}, {}),
+    "bytes as a tensor": ({"r:w": b"1234"}, {}),
+    "another part": ({"x:w": b"1234"}, {}),
+    "bytes coded as a tensor": ({"t:w": tersor.codec("zstd").encode(b"x").to_bytes()}, {}),
+    "a mask as a tensor": ({"t:w": tersor.pruner("magnitude").prune(np.ones((2, 2), np.float32)).to_bytes()}, {}),
+    "no file as a tensor": ({"t:w": b"nothing"}, {}),
+    "a tie to a list": ({"r:w": np.ones(2)}, {"ties": {"v": ["w"]}}),
+    "a tie to nothing": ({"r:w": np.ones(2)}, {"ties": {"v": "u"}}),
+    "ties that are none": ({"r:w": np.ones(2)}, {"ties": 5}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_made_up_model_file_is_refused_and_leaves_nothing(what, tmp_path):
     from tersor import container
 
-    out = tersor.compress(llama, "rtn", tmp_path / "m.tsr")
-    header, views = container.read(out)
-    container.write(tmp_path / "evil.tsr", header, {**views, "f:../evil": b"x"})
-    with pytest.raises(tersor.CorruptPayloadError, match="not a plain file name"):
+    parts, meta = HOSTILE[what]
+    header = container.Header(
+        kind="model", method="rtn", distribution="tersor-rtn", version="0", meta=meta, spec=tersor.Spec("weight", (), "float32")
+    )
+    container.write(tmp_path / "evil.tsr", header, parts)
+    with pytest.raises(tersor.FileError):
         tersor.decompress(tmp_path / "evil.tsr", tmp_path / "restored")
-    assert sorted(os.listdir(tmp_path)) == ["evil.tsr", "m.tsr"]
+    assert os.listdir(tmp_path) == ["evil.tsr"]
+
+
+def test_a_model_file_holding_a_model_is_refused(llama, tmp_path):
+    from tersor import container
+
+    inner = tersor.compress(llama, "rtn", tmp_path / "m.tsr").read_bytes()
+    header = container.Header(
+        kind="model", method="rtn", distribution="tersor-rtn", version="0", spec=tersor.Spec("weight", (), "float32")
+    )
+    container.write(tmp_path / "evil.tsr", header, {"t:w": inner})
+    with pytest.raises(tersor.CorruptPayloadError, match="'w' is a whole model"):
+        tersor.decompress(tmp_path / "evil.tsr")
+
+
+def test_a_limit_holds_for_all_tensors_together(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({f"w{i}": np.ones((64, 64), np.float32) for i in range(8)}, tmp_path / "w.safetensors")
+    out = tersor.compress(tmp_path / "w.safetensors", "rtn", tmp_path / "w.tsr")
+    with pytest.raises(tersor.LimitError):
+        tersor.decompress(out, limit=4 * 64 * 64 * 4)
+    assert len(tersor.decompress(out, limit=8 * 64 * 64 * 4)) == 8
+
+
+def _killed_before_the_file(monkeypatch, source, method, target, **options):
+    """A run that ends when all tensors are in its journal and the file is about to be written."""
+    write = driver.container.write
+
+    def killed(path, *args):
+        if path == target:
+            raise KeyboardInterrupt
+        return write(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.container, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tersor.compress(source, method, target, **options)
+
+
+def test_other_calibration_windows_do_not_take_up_a_journal(llama, windows, tmp_path, monkeypatch):
+    method = "gptq:bits=3,group_size=16"
+    _killed_before_the_file(monkeypatch, llama, method, tmp_path / "m.tsr", calibration=windows[:3])
+    assert len(list((tmp_path / "m.tsr.partial").glob("*.tsr"))) == 21
+    fresh = tersor.compress(llama, method, tmp_path / "fresh.tsr", calibration=windows[3:])
+    again = tersor.compress(llama, method, tmp_path / "m.tsr", calibration=windows[3:])
+    assert again.read_bytes() == fresh.read_bytes()
+
+
+def test_a_damaged_journal_is_done_again_and_a_foreign_folder_is_not_touched(llama, tmp_path, monkeypatch):
+    _killed_before_the_file(monkeypatch, llama, "rtn", tmp_path / "m.tsr")
+    file = sorted((tmp_path / "m.tsr.partial").glob("*.tsr"))[3]
+    raw = bytearray(file.read_bytes())
+    raw[-20] ^= 1
+    file.write_bytes(raw)
+    fresh = tersor.compress(llama, "rtn", tmp_path / "fresh.tsr")
+    assert tersor.compress(llama, "rtn", tmp_path / "m.tsr").read_bytes() == fresh.read_bytes()
+    (tmp_path / "n.tsr.partial").mkdir()
+    (tmp_path / "n.tsr.partial" / "mine.txt").write_text("keep")
+    with pytest.raises(tersor.InputError, match="is no journal of an earlier run"):
+        tersor.compress(llama, "rtn", tmp_path / "n.tsr")
+    assert (tmp_path / "n.tsr.partial" / "mine.txt").read_text() == "keep"
+
+
+def test_restoring_replaces_a_folder_only_when_told(llama, tmp_path):
+    out = tersor.compress(llama, "rtn", tmp_path / "m.tsr")
+    folder = tmp_path / "restored"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with pytest.raises(tersor.InputError, match="restored exists; choose another folder"):
+        tersor.decompress(out, folder)
+    assert os.listdir(folder) == ["old.txt"]
+    tersor.decompress(out, folder, replace=True)
+    assert "model.safetensors" in os.listdir(folder)
+    assert "old.txt" not in os.listdir(folder)
+    tensors = tersor.decompress(out, tmp_path / "all.safetensors")
+    from safetensors.numpy import load_file
+
+    assert "lm_head.weight" in load_file(tensors)
+
+
+def test_blocks_with_masks_of_their_own_are_calibrated_with_them(windows):
+    """A network whose layers see other windows and other rotations: each is calibrated on what it gets."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    want = {}
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    handles = [
+        model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(
+            lambda _, a, n=n: want.setdefault(n, []).append(a[0])
+        )
+        for n in names
+    ]
+    with torch.no_grad():
+        for w in windows:
+            model(w)
+    for handle in handles:
+        handle.remove()
+    seen = {}
+
+    def spy(method, x, calibration=None):
+        if calibration is not None:
+            seen[calibration.layer] = calibration.gram
+        return x.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "apply_method", spy)
+        patch.setattr(driver, "restore", lambda x: x)
+        M.quantize(model, "gptq:group_size=8", windows)
+    for n in names:
+        x = torch.cat([a.reshape(-1, a.shape[-1]) for a in want[n]])
+        torch.testing.assert_close(seen[n], x.T @ x, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_inside_a_layer_are_not_taken_for_the_layers():
+    layers = torch.nn.ModuleList(
+        [torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(8)])}) for _ in range(3)]
+    )
+    net = torch.nn.ModuleDict({"layers": layers})
+    assert driver.find_blocks(net)[0] == "layers"
+    assert len(M.quantize(net, "rtn")) == 24
+
+
+def test_calibration_leaves_a_network_in_training_as_it_is():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 2, 3, stride=2)
+    )
+    M.quantize(net, "gptq:bits=8,group_size=4", [torch.randn(2, 3, 8, 8)])
+    assert net.training
+    assert net[1].training
+    assert int(net[1].num_batches_tracked) == 0
+
+
+def test_calibration_that_cannot_reach_a_layer_is_said():
+    net = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8))
+    with pytest.raises(tersor.CalibrationError, match="belongs to a Embedding; calibration reaches linear"):
+        M.quantize(net, "gptq", [torch.zeros(1, 4, dtype=torch.long)], [["0.weight", "gptq"]])
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(llama):

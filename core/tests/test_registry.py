@@ -186,3 +186,35 @@ def test_a_killed_writer_of_the_cache_does_no_harm(site, tmp_path, monkeypatch):
     (tmp_path / "broken.json").write_text('{"half')
     site("fine")
     assert {m["name"]: m["status"] for m in tersor.available()}["fine"] == "ok"
+
+
+def test_a_plugin_that_exits_fails_alone(site):
+    site("quits", "import sys; sys.exit(3)")
+    with pytest.raises(tersor.PluginError, match="plugin 'quits' .* fails to import .SystemExit: 3."):
+        tersor.codec("quits")
+
+
+def test_a_file_is_decoded_by_the_distribution_that_wrote_it(site):
+    site("twin")
+    raw = tersor.codec("twin").encode(b"abc").to_bytes()
+    site("twin", distribution="other-twin")
+    assert tersor.decompress(raw) == b"abc"
+    assert tersor.codec("Tersor_Twin/twin").name == "twin"
+
+
+def test_a_name_of_two_kinds_from_two_distributions_asks_which(site):
+    site("zstd", distribution="mine-zstd", kind="pruner")
+    with pytest.raises(tersor.ConflictError, match="'zstd' is a codec of tersor-zstd and a pruner of mine-zstd; say which"):
+        registry.kind_of("zstd")
+    assert registry.kind_of("tersor-zstd/zstd") == "codec"
+
+
+def test_lookups_from_many_threads(site):
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [f"many{i}" for i in range(12)]
+    for name in names:
+        site(name)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: tersor.codec(n).name, names * 4))
+    assert found == names * 4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor import registry
-from tersor.errors import InputError, UnsupportedVersionError
+from tersor.errors import ConfigError, InputError, UnsupportedVersionError
 
 if TYPE_CHECKING:
     from tersor.kinds import Codec, Decoder, Method, Pruner, Quantizer
@@ -52,6 +53,8 @@ def available(kind: str | None = None, family: str | None = None, domain: str | 
 
     Each is a dict of ``name, kind, family, domain, summary, distribution, version, status`` (``ok``, ``broken``, ``conflict``).
     """
+    if kind is not None and kind not in registry.KINDS:
+        raise ConfigError(f"kind={kind!r}; allowed: {', '.join(registry.KINDS)}")
     return [
         m
         for m in registry.listing()
@@ -106,7 +109,13 @@ def info(name: str, kind: str | None = None) -> dict[str, Any]:
 
 def as_method(given: Any) -> Method:
     """A method instance, from one or from the string that the CLI takes."""
-    return method(given) if isinstance(given, str) else given  # type: ignore[no-any-return]
+    from tersor.kinds import Method
+
+    if isinstance(given, str):
+        return method(given)
+    if not isinstance(given, Method):
+        raise ConfigError(f"a method is needed, or a string such as 'jpeg:quality=80'; given: {given!r:.80}")
+    return given
 
 
 def apply_method(m: Method, x: Any, calibration: Any = None) -> Payload:
@@ -155,18 +164,23 @@ def compress(
 
 def load_payload(source: Any, state: Any = None, verify: bool = True) -> Payload | Codes:
     """The payload in bytes or in the file at a path, its method looked up and configured but nothing decoded yet."""
-    from tersor import container, results
-    from tersor.arrays import from_buffer
+    from tersor import container
 
     header, views = container.read(source, verify)
-    return _payload(header, views, state, from_buffer, results)
+    return payload_of(header, views, state)
 
 
-def _payload(header: Any, views: dict[str, Any], state: Any, from_buffer: Any, results: Any) -> Payload:
+def payload_of(header: Any, views: Mapping[str, Any], state: Any = None) -> Payload:
+    """The payload that a header and the bytes of its parts stand for; see :func:`load_payload`."""
+    from tersor import results
+    from tersor.arrays import from_buffer
+
     if header.kind == "model":
         raise InputError("this file holds a whole model: tersor.decompress(file, out=FOLDER)")
-    name = header.method if header.distribution == f"tersor-{header.method}" else f"{header.distribution}/{header.method}"
-    cls: Any = registry.lookup(header.kind, name if header.distribution else header.method)
+    # the distribution that wrote the file decides where several offer the name
+    several = len(registry.index().get((header.kind, header.method), [])) > 1
+    chosen = header.distribution and (several or header.distribution != f"tersor-{header.method}")
+    cls: Any = registry.lookup(header.kind, f"{header.distribution}/{header.method}" if chosen else header.method)
     if header.config_version > cls.config_version:
         raise UnsupportedVersionError(
             f"{header.method}: the file has configuration version {header.config_version}, written by {header.distribution} "
@@ -189,12 +203,14 @@ def restore(payload: Payload, limit: int | None = None) -> Any:
     return m.dequantize(payload, limit) if m.kind == "quantizer" else m.decode(payload, limit)
 
 
-def decompress(source: Any, out: str | os.PathLike[str] | None = None, *, state: Any = None, limit: int | None = None) -> Any:
+def decompress(
+    source: Any, out: str | os.PathLike[str] | None = None, *, state: Any = None, limit: int | None = None, replace: bool = False
+) -> Any:
     """The opposite of :func:`compress`: from bytes, a payload or the path of a ``.tsr`` file.
 
     ``out``: where to write the result (an image, audio, ``.npy`` or raw file by its suffix; a folder for a model); without it
     the data comes back. ``state``: the path of a saved state, or its arrays, where the payload needs one that is not shipped.
-    ``limit``: bytes that the result may take (4 GiB, or TERSOR_MAX_DECODED).
+    ``limit``: bytes that the result may take (4 GiB, or TERSOR_MAX_DECODED). ``replace``: a model may take the place of a folder.
     Raises the errors under :class:`tersor.FileError`, :class:`tersor.MissingStateError`, the lookup errors, OSError.
     """
     from tersor import results
@@ -203,14 +219,13 @@ def decompress(source: Any, out: str | os.PathLike[str] | None = None, *, state:
         value = restore(source, limit)
     else:
         from tersor import container
-        from tersor.arrays import from_buffer
 
         header, views = container.read(source)
         if header.kind == "model":
             from tersor.model import restore_model
 
-            return restore_model(header, views, out, limit=limit)
-        value = restore(_payload(header, views, state, from_buffer, results), limit)
+            return restore_model(header, views, out, limit=limit, replace=replace)
+        value = restore(payload_of(header, views, state), limit)
     if out is None:
         return value
     from tersor.io import save

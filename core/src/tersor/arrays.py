@@ -48,9 +48,7 @@ def is_float(name: str) -> bool:
 def to_numpy(x: Any) -> np.ndarray:
     """A numpy array of ``x``, sharing its memory where it can; bfloat16 comes as float32."""
     if is_torch(x):
-        x = x.detach()
-        if x.device.type != "cpu":
-            x = x.cpu()
+        x = x.detach().resolve_conj().resolve_neg().cpu()
         return x.float().numpy() if dtype_name(x) == "bfloat16" else x.numpy()
     return np.asarray(x)
 
@@ -59,7 +57,7 @@ def to_torch(x: Any) -> Any:
     """A torch tensor of ``x``, sharing its memory where it can (read-only arrays and negative strides are copied)."""
     torch = import_torch("this method")
     if isinstance(x, torch.Tensor):
-        return x.detach()
+        return x.detach().resolve_conj().resolve_neg()
     x = np.asarray(x)
     if not x.flags.writeable or any(s < 0 for s in x.strides) or not x.dtype.isnative:
         x = np.ascontiguousarray(x, dtype=x.dtype.newbyteorder("=")).copy()

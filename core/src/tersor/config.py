@@ -101,7 +101,10 @@ def _coerce_one(option: Any, value: Any) -> Any:
         return value if isinstance(value, int) and not isinstance(value, bool) else _BAD
     if option is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf"):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return _BAD
         return _BAD
     if option is str:
         return value if isinstance(value, str) else _BAD

@@ -37,6 +37,7 @@ from tersor.errors import (
     ChecksumError,
     ConfigError,
     CorruptPayloadError,
+    InputError,
     LimitError,
     NotTersorFileError,
     TruncatedFileError,
@@ -199,7 +200,7 @@ def write(target: str | os.PathLike[str] | BinaryIO, header: Header, parts: Mapp
     total = sum(map(len, buffers))
     if not hasattr(target, "write"):
         with atomic_write(target) as file:
-            if total >= 4 * LEAF and hasattr(os, "pwrite"):
+            if total >= 4 * LEAF and hasattr(os, "pwrite") and file.seekable():
                 return _write_large(file.fileno(), head, buffers, align)
             return _write(file, head, buffers, align)
     return _write(target, head, buffers, align)  # type: ignore[arg-type]
@@ -295,7 +296,10 @@ class _Cursor:
         n = self.varint()
         if n > MAX_DIMENSIONS:
             raise CorruptPayloadError(f"an array of {n} dimensions; allowed: at most {MAX_DIMENSIONS}")
-        return tuple(self.varint() for _ in range(n))
+        out = tuple(self.varint() for _ in range(n))
+        if math.prod(max(d, 1) for d in out) >= 1 << 59:
+            raise LimitError(f"an array of shape {out}; allowed: fewer than 2**59 elements along its dimensions")
+        return out
 
     def dtype(self) -> str:
         code = self.byte()
@@ -380,6 +384,8 @@ def load_bytes(source: bytes | bytearray | memoryview | str | os.PathLike[str]) 
         return memoryview(bytearray(source))
     if isinstance(source, bytearray):
         return memoryview(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"a .tsr file is bytes, a path or a payload; given: a {type(source).__name__}")
     with open(source, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         if length < 1 << 20:
@@ -393,7 +399,7 @@ def read(source: Any, verify: bool = True) -> tuple[Header, dict[str, memoryview
     Raises :class:`tersor.NotTersorFileError`, :class:`tersor.UnsupportedVersionError`, :class:`tersor.TruncatedFileError`,
     :class:`tersor.ChecksumError`, :class:`tersor.LimitError` or :class:`tersor.CorruptPayloadError`.
     """
-    view = load_bytes(source) if not isinstance(source, memoryview) else source
+    view = load_bytes(source) if not isinstance(source, memoryview) else source.cast("B")
     header, length = _parse(view)
     if len(view) != length:
         what = "ends early" if len(view) < length else "goes on"

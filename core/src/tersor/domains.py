@@ -36,6 +36,10 @@ class Domain:
 
     def check(self, x: Any, who: str) -> None:
         """Raise :class:`tersor.InputError` unless ``x`` follows the convention. ``who``: the method's name, for the message."""
+        if isinstance(x, np.ma.MaskedArray):
+            raise InputError(f"{who} takes plain arrays; given: a masked array; fill it first")
+        if is_torch(x) and (str(x.layout) != "torch.strided" or x.is_meta or x.is_quantized):
+            raise InputError(f"{who} takes dense tensors that hold values; given: {summary(x)}, {x.layout}, on {x.device}")
         if not self.accepts(x):
             raise InputError(f"{who} takes {self.name}: {self.convention}; given: {summary(x)}")
         if self.elements == "bytes" or _size(x) == 0:

@@ -97,7 +97,7 @@ def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[s
     """Run the claims of a method, yielding each row as it is known.
 
     Each is a dict of ``claim, metric, ours, baseline, baseline_name, better, holds, seconds`` and, where given, ``margin``, ``tie`` and
-    ``note``. ``only``: run the claims whose title or function name contains this.
+    ``note``. ``seconds`` is the time since the row before; of a claim that gives its rows at once the first has it all. ``only``: run the claims whose title or function name contains this.
     """
     ran = False
     for title, function in claims_of(name):
@@ -105,7 +105,9 @@ def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[s
             continue
         ran = True
         start = time.perf_counter()
+        count = 0
         for row in function(seed):
+            count += 1
             out = {
                 "claim": row.claim, "metric": row.metric, "ours": row.ours, "baseline": row.baseline,
                 "baseline_name": row.baseline_name, "better": row.better, "holds": row.holds,
@@ -119,6 +121,8 @@ def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[s
                 out["note"] = row.note
             yield out
             start = time.perf_counter()
+        if not count:
+            raise ClaimError(f"the claim {title!r} of {name} gave no row")
     if not ran:
         raise ClaimError(f"{name} has no claim that matches {only!r}; it has: {', '.join(t for t, _ in claims_of(name))}")
 

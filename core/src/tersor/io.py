@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,12 @@ def load(path: str | os.PathLike[str], method: Any = None) -> Any:
         return load_audio(p)
     if domain == "array":
         try:
-            return np.load(p, allow_pickle=False)
-        except ValueError as error:
-            raise InputError(f"{p} is not a .npy file of numbers: {error}") from error
+            array = np.load(p, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise InputError(f"{p} holds several arrays; allowed: one")
+            return array
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{p} is not a .npy file of numbers") from error
     return p.read_bytes()
 
 
@@ -77,11 +81,14 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mode = image.mode
-            if mode in ("I;16", "I", "F"):
+            if mode.startswith(("I", "F")):
                 raise InputError(f"{path} has {mode} pixels; allowed: 8-bit grey, RGB or RGBA")
-            target = "L" if mode in ("1", "L") else "RGBA" if "A" in mode or "transparency" in image.info else "RGB"
+            alpha = mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+            target = "L" if mode in ("1", "L") else "RGBA" if alpha else "RGB"
             pixels = np.asarray(image.convert(target))
-    except Image.UnidentifiedImageError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if getattr(error, "errno", None) is not None or isinstance(error, InputError):
+            raise
         raise InputError(f"{path} cannot be read as an image: {error}") from error
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -131,14 +138,20 @@ def save(value: Any, path: str | os.PathLike[str]) -> None:
         Image = _library("PIL.Image", "pillow", f"writing {p}")
         pixels = to_pixels(array)
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        name = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000"}.get(p.suffix.lower(), p.suffix[1:].upper())
+        name = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000", ".pgm": "PPM"}.get(
+            p.suffix.lower(), p.suffix[1:].upper()
+        )
         with atomic_write(p) as file:
             image.save(file, format=name)
         return
     if domain == "audio" and array.ndim == 2:
         soundfile = _library("soundfile", "soundfile", f"writing {p}")
         with atomic_write(p) as file:
-            soundfile.write(file, array.T, int(rate or 44100), format=p.suffix[1:].upper(), subtype="PCM_16")
+            name = p.suffix[1:].upper()
+            subtype = soundfile.default_subtype(name)
+            if subtype == "PCM_16" and not np.array_equal(np.rint(array * 32768) / 32768, array):
+                subtype = "PCM_24"
+            soundfile.write(file, array.T, int(rate or 44100), format=name, subtype=subtype)
         return
     if domain == "array":
         with atomic_write(p) as file:

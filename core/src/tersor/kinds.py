@@ -7,6 +7,8 @@ underscored functions of its kind.
 
 from __future__ import annotations
 
+import inspect
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -218,6 +220,8 @@ class Method:
         spec = Spec(domain, tuple(int(n) for n in x.shape), dtype_name(x), rate)
         if spec.size == 0 and not self.allow_empty:
             raise InputError(f"{self.name}: the input is empty (shape {spec.shape})")
+        if self.lossless and spec.dtype == "bfloat16" and self.native != "torch":
+            raise InputError(f"{self.name} keeps numpy's element types exactly; given: bfloat16; take x.view(torch.int16)")
         if not self.lossless and is_float(spec.dtype):
             given = x
             x = cast(x, "float32")
@@ -443,7 +447,14 @@ def enter_calibration(method: Method, given: Any, x: Any) -> Calibration | None:
         if value is None:
             continue
         if not hasattr(value, "dtype"):
-            value = np.asarray(value, dtype=np.float32)
+            try:
+                value = np.asarray(value, dtype=np.float32)
+            except (ValueError, TypeError) as error:
+                raise CalibrationError(f"{method.name}: calibration.{name} is no array of numbers: {error}") from error
+        if len(value.shape) < 2 or 0 in tuple(value.shape):
+            raise CalibrationError(
+                f"{method.name}: calibration.{name} has shape {tuple(value.shape)}; allowed: samples x in, not empty"
+            )
         DOMAINS["gradient"].check(value, f"{method.name}: calibration.{name}")
         value = cast(to_native(value, method.native), "float32")
         if name == "inputs":
@@ -595,7 +606,18 @@ class Decoder(Method):
             from tersor.model.source import TransformersSource
 
             source = TransformersSource(source)
-        tokens = np.asarray(prompt)
+        try:
+            tokens = np.asarray(prompt)
+            max_new_tokens = operator.index(max_new_tokens)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{self.name}: the prompt is a list of token numbers and max_new_tokens a whole number: {error}"
+            ) from error
+        known = inspect.signature(self._decode).parameters
+        for option in options:
+            if option not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                allowed = ", ".join(list(known)[3:]) or "none"
+                raise InputError(f"{self.name}: unknown option {option!r}; allowed: {allowed}")
         if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
             raise InputError(f"{self.name}: the prompt is a non-empty list of token numbers; given: {summary(tokens)}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= source.vocabulary:
@@ -611,6 +633,10 @@ class Decoder(Method):
         out = operate("decode", self, lambda: self._decode(source, prompt_list, max_new_tokens, **options))
         out.seconds = time.perf_counter() - start
         out.tokens = np.asarray(out.tokens, np.int64)
+        if out.tokens.size and not 0 <= int(out.tokens.min()) <= int(out.tokens.max()) < source.vocabulary:
+            raise InputError(
+                f"{self.name}: the source led to a token beyond its vocabulary of {source.vocabulary} (NaN in its logits?)"
+            )
         return out  # type: ignore[no-any-return]
 
     def _decode(self, source: Any, prompt: list[int], budget: int, **options: Any) -> Decoded:

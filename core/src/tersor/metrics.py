@@ -13,7 +13,9 @@ from tersor.errors import InputError
 def psnr(reference: Any, other: Any, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB over all elements; infinite where both are equal."""
     a, b = to_numpy(reference), to_numpy(other)
-    error = float(np.mean(np.square(a - b, dtype=np.float64)))
+    if a.shape != b.shape:
+        raise InputError(f"PSNR compares arrays of one shape; given: {a.shape} and {b.shape}")
+    error = float(np.mean(np.square(a.astype(np.float64) - b)))
     return float("inf") if error == 0 else 10 * float(np.log10(peak * peak / error))
 
 

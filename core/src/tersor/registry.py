@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +64,11 @@ class Entry(NamedTuple):
         return [w.strip()[len(prefix) + 1 :] for w in words if w.strip().startswith(prefix + ":")]
 
 
+def _plain(distribution: str) -> str:
+    """The normalised form of a distribution's name."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def _read_entry_points(path: str) -> list[tuple[str, str, str]]:
     """(group, name, target) of the groups of Tersor in one entry_points.txt."""
     try:
@@ -98,12 +104,20 @@ def _scan_folder(folder: str) -> list[Entry]:
     return entries
 
 
+#: discovery, registration and lookup are done by one thread at a time
+_lock = threading.RLock()
+os.register_at_fork(after_in_child=lambda: globals().__setitem__("_lock", threading.RLock()))
 _folders: dict[str, tuple[int, list[Entry]]] = {}
 _index: tuple[tuple[Any, ...], dict[tuple[str, str], list[Entry]]] | None = None
 
 
 def index() -> dict[tuple[str, str], list[Entry]]:
     """(kind, name) to the entry points that claim it, over ``sys.path``. Rescans only folders that changed."""
+    with _lock:
+        return _scan()
+
+
+def _scan() -> dict[tuple[str, str], list[Entry]]:
     global _index
     stamp = []
     for folder in sys.path:
@@ -120,7 +134,7 @@ def index() -> dict[tuple[str, str], list[Entry]]:
         if folder not in _folders or _folders[folder][0] != changed:
             _folders[folder] = (changed, _scan_folder(folder))
         for entry in _folders[folder][1]:
-            plain = re.sub(r"[-_.]+", "-", entry.distribution).lower()
+            plain = _plain(entry.distribution)
             if seen.setdefault(plain, entry.folder) != entry.folder:
                 continue  # the same distribution, shadowed by an earlier folder of the path
             out.setdefault((entry.kind, entry.name), []).append(entry)
@@ -134,6 +148,11 @@ _failures: dict[tuple[str, str], str] = {}
 
 
 def _manager() -> pluggy.PluginManager:
+    with _lock:
+        return _make_manager()
+
+
+def _make_manager() -> pluggy.PluginManager:
     global _pm
     if _pm is None:
         import pluggy
@@ -243,7 +262,7 @@ def _register(entry: Entry) -> Any:
         raise PluginError(f"{who} cannot be used: {reason}; upgrade one of the two with pip")
     try:
         module = entrypoints.EntryPoint.from_string(entry.target, entry.name).load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _failures[entry.kind, entry.name] = traceback.format_exc()
         _remember(entry, f"{type(error).__name__}: {error}")
         raise PluginError(
@@ -274,7 +293,7 @@ def find(kind: str, name: str) -> Entry:
     distribution, _, bare = name.rpartition("/")
     entries = table.get((kind, bare), [])
     if distribution:
-        entries = [e for e in entries if e.distribution == distribution.replace("_", "-")]
+        entries = [e for e in entries if _plain(e.distribution) == _plain(distribution)]
     if len(entries) > 1:
         both = " and ".join(f"{e.distribution} {e.version}" for e in entries)
         first = entries[0]
@@ -312,13 +331,25 @@ def official_methods() -> dict[str, str]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of the installed method ``name`` (or ``distribution/name``); the first of codec, quantizer, pruner, decoder."""
+    """The kind of the installed method ``name`` (or ``distribution/name``).
+
+    Raises :class:`tersor.UnknownMethodError`, and :class:`tersor.ConflictError` where distributions offer the name for different
+    kinds.
+    """
     table = index()
-    bare = name.rpartition("/")[2]
-    for kind in KINDS:
-        if (kind, bare) in table:
-            return kind
-    raise UnknownMethodError(_unknown(None, name, bare))
+    distribution, _, bare = name.rpartition("/")
+    offers = [
+        e
+        for kind in KINDS
+        for e in table.get((kind, bare), [])
+        if not distribution or _plain(e.distribution) == _plain(distribution)
+    ]
+    if len({e.distribution for e in offers}) > 1 and len({e.kind for e in offers}) > 1:
+        said = " and ".join(f"a {e.kind} of {e.distribution}" for e in offers)
+        raise ConflictError(f"{bare!r} is {said}; say which: {offers[0].distribution}/{bare}, or uninstall one of them")
+    if not offers:
+        raise UnknownMethodError(_unknown(None, name, bare))
+    return offers[0].kind
 
 
 def lookup(kind: str, name: str) -> Any:
@@ -326,10 +357,14 @@ def lookup(kind: str, name: str) -> Any:
 
     Raises :class:`tersor.UnknownMethodError`, :class:`tersor.ConflictError` or :class:`tersor.PluginError`.
     """
-    index()  # drops the classes below when something was installed or removed
-    cls: Any = _classes.get((kind, name))
-    if cls is not None:
-        return cls
+    with _lock:
+        index()  # drops the classes below when something was installed or removed
+        cls = _classes.get((kind, name))
+        return cls if cls is not None else _look_up(kind, name)
+
+
+def _look_up(kind: str, name: str) -> Any:
+    cls: Any = None
     entry = find(kind, name)
     module = _register(entry)
     pm = _manager()
@@ -337,7 +372,7 @@ def lookup(kind: str, name: str) -> Any:
     others = [p for p in pm.get_plugins() if p is not module and any(i.plugin is p for i in hook.get_hookimpls())]
     try:
         cls = pm.subset_hook_caller(f"tersor_{kind}", others)(name=entry.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _failures[kind, entry.name] = traceback.format_exc()
         _remember(entry, f"{type(error).__name__}: {error}")
         raise PluginError(

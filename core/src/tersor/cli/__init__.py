@@ -95,3 +95,10 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(130)
+    except Exception as error:
+        import os
+
+        if os.environ.get("TERSOR_DEBUG"):
+            raise
+        click.echo(f"tersor: internal error: {type(error).__name__}: {error} (TERSOR_DEBUG=1 shows the traceback)", err=True)
+        sys.exit(2)

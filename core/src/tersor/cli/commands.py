@@ -149,12 +149,17 @@ def compress_(
     elif dry_run or recipe:
         raise click.UsageError("--dry-run and --recipe belong to models")
     elif calibration:
-        import numpy as np
+        from tersor.io import load
 
-        options["calibration"] = np.load(calibration, allow_pickle=False)
+        if m.calibration == "none":
+            raise click.UsageError(f"{m.name} takes no calibration")
+        options["calibration"] = load(calibration)
         calibration = None
     if calibration:
-        options["calibration"] = Path(calibration).read_text("utf-8")
+        try:
+            options["calibration"] = Path(calibration).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"{calibration} is not UTF-8 text") from error
     with on_terminal():
         compress(source, m, target, **options)
     before = (
@@ -177,7 +182,7 @@ def compress_(
     "-o", "--output", required=True, type=click.Path(), help="File (its suffix says the format) or, for a model, folder."
 )
 @click.option("--state", type=click.Path(exists=True), help="The saved state that the file needs.")
-@click.option("--limit", type=int, help="Bytes that a decoded array may take. Default: 4 GiB.")
+@click.option("--limit", type=click.IntRange(min=1), help="Bytes that a decoded array may take. Default: 4 GiB.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @_JSON
 def decompress_(source: str, output: str, state: str | None, limit: int | None, force: bool, as_json: bool) -> None:
@@ -189,7 +194,7 @@ def decompress_(source: str, output: str, state: str | None, limit: int | None, 
     if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
         raise click.UsageError(f"{target} exists; choose another output or give --force")
     with on_terminal():
-        decompress(source, target, state=state, limit=limit)
+        decompress(source, target, state=state, limit=limit, replace=force)
     if as_json:
         show_json({"output": str(target)})
     else:

@@ -9,10 +9,13 @@ matrices and codes of one block and the calibration data's hidden states.
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from typing import Any
 import attrs
 
 from tersor import container
-from tersor.api import apply_method, as_method, load_payload, restore
-from tersor.errors import CalibrationError, ConfigError, CorruptPayloadError, InputError
+from tersor.api import apply_method, as_method, load_payload, payload_of, restore
+from tersor.arrays import buffer
+from tersor.errors import CalibrationError, ConfigError, CorruptPayloadError, FileError, InputError
 from tersor.files import atomic_write
 from tersor.model.loading import as_folder, load_model
 from tersor.model.recipe import Recipe
@@ -48,6 +52,8 @@ def find_blocks(model: Any) -> tuple[str, list[Any]]:
 
     best: tuple[str, list[Any]] = ("", [model])
     for name, module in model.named_modules():
+        if best[0] and name.startswith(best[0] + "."):
+            continue  # a list inside a block (experts, heads) is part of the block
         longer = isinstance(module, torch.nn.ModuleList) and len(module) > (len(best[1]) if best[0] else 1)
         if longer and len({type(m) for m in module}) == 1:
             best = (name, list(module))
@@ -106,23 +112,41 @@ class _Stop(Exception):
     """Ends a forward pass once the inputs of the first block are known."""
 
 
-def _first_inputs(model: Any, first: Any, batches: Iterable[Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _first_inputs(model: Any, blocks: list[Any], batches: Iterable[Any]) -> tuple[list[Any], dict[int, list[dict[str, Any]]]]:
+    """For each batch the arguments of the first block; and for blocks whose other arguments are not those of the block before
+    (masks and positions that depend on the kind of layer), these arguments, batch by batch."""
     caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    extra: dict[int, list[dict[str, Any]]] = {}
+    before: dict[str, Any] = {}
+    uniform = False
 
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
-        raise _Stop
+    def hook(number: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal before, uniform
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+        if number == 0:
+            if not args:
+                raise CalibrationError(
+                    f"{type(blocks[0]).__name__} is called by keyword alone; calibration needs its input first"
+                )
+            caught.append((args, kwargs))
+        elif set(kwargs) != set(before) or any(kwargs[k] is not before[k] for k in kwargs):
+            extra.setdefault(number, []).append(kwargs)
+        before = kwargs
+        if number == len(blocks) - 1 or uniform:
+            raise _Stop
 
-    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    handles = [b.register_forward_pre_hook(functools.partial(hook, n), with_kwargs=True) for n, b in enumerate(blocks)]
     try:
         for batch in batches:
             try:
                 _call(model, batch)
             except _Stop:
-                continue
+                # where all blocks of the first batch were called alike, the others need not go beyond the first block
+                uniform = not extra
     finally:
-        handle.remove()
-    return caught
+        for handle in handles:
+            handle.remove()
+    return caught, extra
 
 
 def _call(model: Any, batch: Any) -> Any:
@@ -134,21 +158,19 @@ def _grams(modules: Mapping[str, Any], run: Callable[[], None]) -> dict[str, tup
     import torch
 
     grams: dict[int, tuple[Any, int]] = {}
-    seen: dict[int, list[Any]] = {}
+    last: list[Any] = []  # the latest input, its version, its Gram matrix and its number of rows
     handles = []
 
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         x = args[0]
-        # layers that share an input (query, key, value) share its Gram matrix
-        if seen and next(iter(seen.values()))[0] is x:
-            total, _ = next(iter(seen.values()))[1]
-            gram = total
+        linear = isinstance(module, torch.nn.Linear)
+        # linear layers that share an input (query, key, value) share its Gram matrix, unless it was changed in between
+        if linear and last and last[0] is x and last[1] == x._version:
+            gram, n = last[2:]
         else:
             flat = _columns(module, x)
-            gram = flat.T @ flat
-            seen.clear()
-            seen[0] = [x, (gram, 0)]
-        n = x.shape[:-1].numel() if isinstance(module, torch.nn.Linear) else gram.shape[0]
+            gram, n = flat.T @ flat, int(flat.shape[0])
+            last[:] = [x, x._version, gram, n] if linear else []
         old = grams.get(id(module))
         if old is None:
             grams[id(module)] = (gram.clone(), n)
@@ -192,15 +214,26 @@ def _walk(
     """Compress every target in order, putting the decoded weight into the model; ``done`` gives what is there already."""
     import torch
 
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield from _compress_blocks(model, targets, batches, done, torch)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _compress_blocks(
+    model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None], torch: Any
+) -> Iterator[tuple[_Target, Payload]]:
     _, blocks = find_blocks(model)
     calibrated = any(t.method.calibration != "none" for t in targets) and bool(batches)
     by_block: dict[int, list[_Target]] = {}
     for t in targets:
         by_block.setdefault(t.block, []).append(t)
 
-    def compress(t: _Target, calibration: Calibration | None) -> tuple[_Target, Payload]:
+    def compress(t: _Target, calibration: Calibration | None, payload: Payload | None) -> tuple[_Target, Payload]:
         weight = t.module.get_parameter(t.name.rpartition(".")[2])
-        payload = done(t.name)
         if payload is None:
             payload = apply_method(t.method, weight.detach(), calibration)
         value = restore(payload)
@@ -213,13 +246,16 @@ def _walk(
                 raise CalibrationError(
                     f"{t.name} is outside the blocks, where no calibration reaches; {t.method.name} requires it"
                 )
-            yield compress(t, None)
+            yield compress(t, None, done(t.name))
         whole = len(blocks) == 1 and blocks[0] is model
-        states = _first_inputs(model, blocks[0], batches) if calibrated and not whole else []
+        states, others = _first_inputs(model, blocks, batches) if calibrated and not whole else ([], {})
         for number, block in enumerate(track(blocks, "blocks")):
             mine = by_block.get(number, [])
             last = number == len(blocks) - 1
             hidden: list[Any] = []
+
+            if number in others:  # masks or positions of its own
+                states = [(args, own) for (args, _), own in zip(states, others[number])]
 
             def run(block: Any = block, hidden: list[Any] = hidden, inputs: Any = tuple(states)) -> None:
                 if whole:
@@ -231,14 +267,23 @@ def _walk(
                     out = block(*args, **kwargs)
                     hidden.append(out[0] if isinstance(out, tuple) else out)
 
-            wants = {t.name: t.module for t in mine if t.method.calibration != "none" and done(t.name) is None}
+            ready = {t.name: done(t.name) for t in mine}
+            layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)
+            todo = [t for t in mine if t.method.calibration != "none" and ready[t.name] is None]
+            for t in todo:
+                if t.method.calibration == "required" and not (isinstance(t.module, layers) and t.name.endswith("weight")):
+                    kind = type(t.module).__name__
+                    raise CalibrationError(
+                        f"{t.name} belongs to a {kind}; calibration reaches linear and 2-D convolution layers only"
+                    )
+            wants = {t.name: t.module for t in todo if isinstance(t.module, layers) and t.name.endswith("weight")}
             grams = _grams(wants, run) if calibrated and wants else {}
             for t in mine:
                 calibration = None
                 if t.name in grams:
                     gram, count = grams.pop(t.name)
                     calibration = Calibration(gram=gram, count=count, layer=t.name)
-                yield compress(t, calibration)
+                yield compress(t, calibration, ready.pop(t.name))
             if calibrated and not last and not whole:
                 run()
                 states = [((h, *args[1:]), kwargs) for h, (args, kwargs) in zip(hidden, states)]
@@ -287,6 +332,22 @@ def _fingerprint(path: Path) -> list[Any]:
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
+def _identity(method: Any) -> list[Any]:
+    """What decides the result of a method beside its settings: where it comes from, its version, its state."""
+    return [*method.origin(), method.config_version, method.state_id.hex() if method.fitted else ""]
+
+
+def _digest_of(batches: Iterable[Any]) -> str:
+    """The content of calibration batches: tensors, tuples or dicts of them."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for value in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,):
+            dtype, shape, view = buffer(value)
+            digest.update(f"{dtype}{shape}".encode())
+            digest.update(view)
+    return digest.hexdigest()
+
+
 class _Journal:
     """Finished tensors on disk, so that a killed run goes on where it stopped."""
 
@@ -294,9 +355,16 @@ class _Journal:
         self.folder = out.with_name(out.name + ".partial")
         stamp = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         mark = self.folder / "journal.json"
-        if self.folder.exists() and (not mark.is_file() or json.loads(mark.read_text("utf-8")).get("key") != stamp):
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            try:
+                same = json.loads(mark.read_text("utf-8"))["key"] == stamp
+            except (OSError, ValueError, KeyError, TypeError):
+                same = False
+            if not same and not mark.is_file() and any(self.folder.iterdir()):
+                raise InputError(f"{self.folder} exists and is no journal of an earlier run; move it, or choose another output")
+            if not same:
+                shutil.rmtree(self.folder)
+        self.folder.mkdir(exist_ok=True)
         if not mark.is_file():
             with atomic_write(mark) as file:
                 file.write(json.dumps({"key": stamp}).encode())
@@ -306,7 +374,11 @@ class _Journal:
 
     def get(self, name: str) -> Payload | None:
         path = self.path(name)
-        return load_payload(path) if path.is_file() else None
+        try:
+            return load_payload(path) if path.is_file() else None
+        except FileError:  # damaged since it was written: the tensor is done again
+            path.unlink()
+            return None
 
     def put(self, name: str, payload: Payload) -> None:
         if not self.path(name).is_file():
@@ -329,17 +401,10 @@ def compress_model(
     src = Path(source)
     rules = [[p, str(m) if m else None] for p, m in recipe.rules]
     text = calibration if isinstance(calibration, str) else None
-    key = [
-        str(src.resolve()),
-        _fingerprint(src),
-        str(method),
-        rules,
-        samples,
-        window,
-        hashlib.sha256((text or "").encode()).hexdigest(),
-    ]
+    used = [method, *(m for _, m in recipe.rules if m is not None)]
+    key: list[Any] = [str(src.resolve()), _fingerprint(src), str(method), rules, samples, window, [_identity(m) for m in used]]
     if src.suffix == ".safetensors":
-        parts, meta = _compress_tensors(src, method, recipe, _Journal(out, key))
+        parts, meta = _compress_tensors(src, method, recipe, out, key)
     else:
         folder = as_folder(src)
         model, tokenizer = load_model(folder)
@@ -351,16 +416,17 @@ def compress_model(
 
                 text = english_text()
             batches = calibration_windows(tokenizer, text, samples, window) if text is not None else list(calibration)
-        journal = _Journal(out, key)
+        _need_batches(targets, batches)
+        journal = _Journal(out, [*key, _digest_of(batches)])
         parts, meta = {}, {}
         for t, payload in _walk(model, targets, batches, journal.get):
             journal.put(t.name, payload)
             parts[f"t:{t.name}"] = container.load_bytes(journal.path(t.name))
             del payload
-        taken: dict[int, str] = {}
+        taken: dict[Any, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            first = taken.setdefault(tensor.data_ptr(), name)
-            if first != name:
+            first = taken.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype), name)
+            if first != name and tensor.numel():
                 meta.setdefault("ties", {})[name] = first
             elif f"t:{name}" not in parts:
                 parts[f"r:{name}"] = tensor.detach()
@@ -396,48 +462,72 @@ def _plan_tensors(src: Path, method: Any, recipe: Recipe) -> Iterator[tuple[str,
         yield name, rule, shape
 
 
-def _compress_tensors(src: Path, method: Any, recipe: Recipe, journal: _Journal) -> tuple[dict[str, Any], dict[str, Any]]:
+def _compress_tensors(src: Path, method: Any, recipe: Recipe, out: Path, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A file of named tensors without a network: one tensor in memory at a time, no calibration."""
     from safetensors import safe_open
 
     parts: dict[str, Any] = {}
     plan = list(_plan_tensors(src, method, recipe))
+    for _, rule, _ in plan:
+        if rule is not None and rule[1] is not None and rule[1].calibration == "required":
+            raise CalibrationError(
+                f"{rule[1].name} needs calibration data, and a .safetensors file is not a network that data can pass through; "
+                f"give the model's folder"
+            )
+    journal = _Journal(out, key)
     with safe_open(src, "pt") as file:
         for name, rule, _ in track(plan, "tensors"):
             if rule is None or rule[1] is None:
                 parts[f"r:{name}"] = file.get_tensor(name)
                 continue
-            if rule[1].calibration == "required":
-                raise CalibrationError(
-                    f"{rule[1].name} needs calibration data, and a .safetensors file is not a network that data can pass through; "
-                    f"give the model's folder"
-                )
             if journal.get(name) is None:
                 journal.put(name, apply_method(rule[1], file.get_tensor(name)))
             parts[f"t:{name}"] = container.load_bytes(journal.path(name))
     return parts, {}
 
 
-def restore_model(header: container.Header, views: Mapping[str, memoryview], out: Any = None, limit: int | None = None) -> Any:
+def _plain(name: str) -> bool:
+    """Whether a file of a model may have this name: one of the kinds that are stored, without a path."""
+    if not name or len(name) > 200 or name.startswith(".") or any(c in name for c in "/\\\0"):
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FILES)
+
+
+_FILE_SUFFIXES = {".npy", ".bin", ".gguf", ".pt", ".pth", ".tsr", ".json", ".png", ".wav"}
+
+
+def restore_model(
+    header: container.Header, views: Mapping[str, memoryview], out: Any = None, limit: int | None = None, replace: bool = False
+) -> Any:
     """What a model's ``.tsr`` file holds: a dict of tensors, or written to ``out``.
 
     ``out``: a folder that transformers loads, or a ``.safetensors`` file. It is written aside and renamed when complete.
+    ``replace``: put it in the place of a folder that is there. Raises the errors under :class:`tersor.FileError`,
+    :class:`tersor.InputError` for an ``out`` that exists or is no place for a model, OSError.
     """
     from safetensors.torch import save_file
 
     from tersor.arrays import from_buffer, to_torch
 
     tensors: dict[str, Any] = {}
+    left = limit  # given: for all tensors together; else each has the limit of one array
     for part in track(header.parts, "restoring"):
         kind, _, name = part.name.partition(":")
         if kind == "t":
-            tensors[name] = to_torch(restore(load_payload(views[part.name]), limit))
-        elif kind == "r":
+            nested, inner = container.read(views[part.name])
+            if nested.kind == "model":
+                raise CorruptPayloadError(f"tensor {name!r} is a whole model")
+            value = restore(payload_of(nested, inner), left)
+            if not hasattr(value, "shape"):
+                raise CorruptPayloadError(f"tensor {name!r} decodes to a {type(value).__name__}")
+            tensors[name] = to_torch(value)
+            left = None if left is None else left - tensors[name].numel() * tensors[name].element_size()
+        elif kind == "r" and part.dtype != "bytes":
             tensors[name] = from_buffer(part.dtype, part.shape, views[part.name], "torch")
-        elif kind != "f":
-            raise CorruptPayloadError(f"part {part.name!r} is neither a tensor nor a file")
+        elif kind != "f" or part.dtype != "bytes" or not _plain(name):
+            raise CorruptPayloadError(f"part {part.name!r} is neither a tensor nor a configuration file with a plain name")
     ties = header.meta.get("ties", {})
-    if not isinstance(ties, dict) or any(v not in tensors for v in ties.values()):
+    if not isinstance(ties, dict) or not all(isinstance(v, str) and v in tensors for v in ties.values()):
         raise CorruptPayloadError("the file ties a tensor to one that is not there")
     if out is None:
         return {**tensors, **{k: tensors[v] for k, v in ties.items()}}
@@ -446,22 +536,28 @@ def restore_model(header: container.Header, views: Mapping[str, memoryview], out
         with atomic_write(out) as file:
             from safetensors.torch import save
 
-            file.write(save({k: v.contiguous() for k, v in tensors.items()}))
+            whole = {**tensors, **{k: tensors[v].clone() for k, v in ties.items()}}
+            file.write(save({k: v.contiguous() for k, v in whole.items()}))
         return out
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if out.suffix and not out.is_dir() and out.suffix.lower() in _FILE_SUFFIXES:
+        raise InputError(f"a model is written to a folder or a .safetensors file; given: {out.name}")
+    if out.exists() and not (out.is_dir() and (replace or not any(out.iterdir()))):
+        raise InputError(f"{out} exists; choose another folder" + ("" if replace else ", or replace=True"))
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    aside.chmod(0o755)
     try:
         for part in header.parts:
             if part.name.startswith("f:"):
-                name = part.name[2:]
-                if Path(name).name != name or name.startswith("."):
-                    raise CorruptPayloadError(f"the file holds {name!r}, which is not a plain file name")
-                (aside / name).write_bytes(views[part.name])
+                (aside / part.name[2:]).write_bytes(views[part.name])
         save_file({k: v.contiguous() for k, v in tensors.items()}, aside / "model.safetensors", metadata={"format": "pt"})
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        os.replace(aside, out)
+        if out.is_dir():
+            old = out.with_name(f".{out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
+            os.replace(aside, out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

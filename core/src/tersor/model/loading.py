@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from tersor.errors import InputError
 from tersor.io import _library
@@ -56,8 +59,11 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
         return p
     if p.suffix != ".gguf":
         raise InputError(f"{p} is not a model; allowed: a transformers folder or a .gguf file")
-    stat = p.stat()
-    target = cache_folder() / "models" / f"{p.stem}-{stat.st_size}"
+    with open(p, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"{p} is not a GGUF file: it does not begin with GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            target = cache_folder() / "models" / f"{p.stem}-{xxhash.xxh3_64_hexdigest(content)}"
     if (target / "config.json").is_file():
         return target
     with offline() as transformers:
@@ -86,6 +92,10 @@ def as_folder(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def load_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     """A transformers causal language model (float32, evaluation mode) and its tokenizer, from a folder or a GGUF file.
 
@@ -95,7 +105,10 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     with offline() as transformers:
         import torch
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"{folder} does not load as a transformers causal language model: {_first_line(error)}") from error
         tokenizer = None
         if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

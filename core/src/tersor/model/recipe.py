@@ -39,10 +39,12 @@ class Recipe:
                 given = json.loads(Path(given).read_text("utf-8"))
             except ValueError as error:
                 raise ConfigError(f"recipe {given}: not JSON: {error}") from error
+        if not isinstance(given, (dict, list, tuple)):
+            raise ConfigError(f"a recipe is a list of [pattern, method or null]; given: {given!r:.80}")
         pairs: Iterable[Sequence[Any]] = given.items() if isinstance(given, dict) else given
         rules = []
         for pair in pairs:
-            if isinstance(pair, (str, bytes)) or len(pair) != 2 or not isinstance(pair[0], str):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str):
                 raise ConfigError(f"a recipe is a list of [pattern, method or null]; given: {pair!r}")
             method = None if pair[1] is None else as_method(pair[1])
             if method is not None and "weight" not in method.domains:

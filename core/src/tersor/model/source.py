@@ -58,9 +58,8 @@ class TransformersSource:
         self.vocabulary = int(model.config.vocab_size)
         self.calls = 0
         if stop is None:
-            own = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or getattr(
-                model.config, "eos_token_id", None
-            )
+            own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+            own = getattr(model.config, "eos_token_id", None) if own is None else own
             stop = [] if own is None else [own] if isinstance(own, int) else own
         self.stop = frozenset(int(t) for t in stop)
 

@@ -47,6 +47,14 @@ def test_every_level_is_reached():
     assert torch.equal(digits.max(0).values, torch.tensor([7.0, 4.0, 1.0, 2.0]))
 
 
+def test_many_levels_stay_in_their_range():
+    fsq = tersor.quantizer("fsq", levels=(4000, 3))
+    z = torch.tensor([[20.0, 0.0], [-20.0, 0.5]])
+    values = fsq.dequantize(fsq.quantize(z))
+    assert torch.equal(values, fsq.layer()(z)[0])
+    torch.testing.assert_close(values, torch.tensor([[0.9995, 0.0], [-1.0, 0.0]]))
+
+
 def test_the_gradient_is_that_of_the_bound():
     fsq = tersor.quantizer("fsq", levels=(8, 5))
     layer = fsq.layer()

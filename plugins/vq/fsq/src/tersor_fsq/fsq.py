@@ -34,7 +34,7 @@ class FSQ(Quantizer):
     bounded: bool = field(False, help="the vectors are in [-1, 1] already; no tanh")
 
     def __attrs_post_init__(self) -> None:
-        if not self.levels or math.prod(self.levels) > 1 << 31:
+        if not self.levels or len(self.levels) > 31 or math.prod(self.levels) > 1 << 31:
             raise ConfigError(
                 f"fsq: levels={self.levels!r} give {math.prod(self.levels)} codes; allowed: 1 dimension or more, up to 2^31 codes"
             )
@@ -82,7 +82,7 @@ class FSQ(Quantizer):
             return (z * half + half).round_().clamp_(torch.zeros(()), levels - 1)
         # the bound is a little wider than the levels, so that the outermost are reached; even numbers of levels sit half a
         # step off the centre
-        wide = width * (1 + 1e-3)
+        wide = width + torch.clamp(width * 1e-3, max=0.4)
         offset = (levels % 2 == 0) * 0.5
         return (torch.tanh(z + torch.atanh(offset / wide)) * wide - offset).round_() + half
 
@@ -183,7 +183,7 @@ class FSQLayer(nn.Module):
         self.project_in: nn.Module = nn.Linear(dim, d) if dim not in (None, d) else nn.Identity()
         self.project_out: nn.Module = nn.Linear(d, dim) if dim not in (None, d) else nn.Identity()
         levels, half, width, base = fsq._table
-        wide, offset = width * (1 + 1e-3), (levels % 2 == 0) * 0.5
+        wide, offset = width + torch.clamp(width * 1e-3, max=0.4), (levels % 2 == 0) * 0.5
         for name, value in dict(shift=torch.atanh(offset / wide), wide=wide, offset=offset, step=half, base=base).items():
             self.register_buffer(name, value, persistent=False)
 
