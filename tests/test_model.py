@@ -386,6 +386,16 @@ def test_calibration_that_cannot_reach_a_layer_is_said():
         M.quantize(net, "gptq", [torch.zeros(1, 4, dtype=torch.long)], [["0.weight", "gptq"]])
 
 
+def test_what_is_kept_is_stored_in_the_element_type_that_it_had(llama, tmp_path):
+    model, _ = M.load_model(llama)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    out = tersor.compress(tmp_path / "half", "rtn:bits=8", tmp_path / "m.tsr")
+    kept = {p["name"]: p["dtype"] for p in tersor.inspect(out)["parts"] if p["name"].startswith("r:")}
+    assert set(kept.values()) == {"bfloat16"}
+    back = tersor.decompress(out)
+    assert torch.equal(back["model.norm.weight"], model.state_dict()["model.norm.weight"])
+
+
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(llama):
     model, _ = M.load_model(llama)
     with torch.no_grad():

@@ -37,7 +37,8 @@ class Row:
     """One comparison: ``ours`` against ``baseline`` in ``metric`` (with its unit), ``better`` being ``lower`` or ``higher``.
 
     ``margin``: the relative difference that counts (0.1: ours must be 10 % better). ``tie``: equality holds too, which is what
-    a claim of being exact or no slower says. ``note``: what a reader must know to read the numbers.
+    a claim of being exact or no slower says. ``slack``: by how much, in the metric's unit, ours may be worse, which is what a claim
+    of being near says. ``note``: what a reader must know to read the numbers.
     """
 
     claim: str
@@ -48,6 +49,7 @@ class Row:
     better: str = attrs.field(validator=attrs.validators.in_(("lower", "higher")))
     margin: float = 0.0
     tie: bool = False
+    slack: float = 0.0
     note: str = ""
 
     @property
@@ -57,9 +59,8 @@ class Row:
             return False
         if self.tie and self.ours == self.baseline:
             return True
-        if self.better == "lower":
-            return self.ours < self.baseline - self.margin * abs(self.baseline)
-        return self.ours > self.baseline + self.margin * abs(self.baseline)
+        needed = self.margin * abs(self.baseline) - self.slack
+        return self.ours < self.baseline - needed if self.better == "lower" else self.ours > self.baseline + needed
 
 
 def claim(title: str) -> Callable[[ClaimFunction], ClaimFunction]:
@@ -96,7 +97,7 @@ def claims_of(name: str, kind: str | None = None) -> list[tuple[str, ClaimFuncti
 def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[str, Any]]:
     """Run the claims of a method, yielding each row as it is known.
 
-    Each is a dict of ``claim, metric, ours, baseline, baseline_name, better, holds, seconds`` and, where given, ``margin``, ``tie`` and
+    Each is a dict of ``claim, metric, ours, baseline, baseline_name, better, holds, seconds`` and, where given, ``margin``, ``tie``, ``slack`` and
     ``note``. ``seconds`` is the time since the row before; of a claim that gives its rows at once the first has it all. ``only``: run the claims whose title or function name contains this.
     """
     ran = False
@@ -117,6 +118,8 @@ def verify(name: str, seed: int = 0, only: str | None = None) -> Iterator[dict[s
                 out["margin"] = row.margin
             if row.tie:
                 out["tie"] = True
+            if row.slack:
+                out["slack"] = row.slack
             if row.note:
                 out["note"] = row.note
             yield out

@@ -313,6 +313,7 @@ def verify_(name: str, seed: int, only: str | None, record: str | None, as_json:
             rows.append(row)
             if not as_json:
                 sign = ("<" if row["better"] == "lower" else ">") + ("=" if row.get("tie") else "")
+                sign = "~" + sign if row.get("slack") else sign
                 verdict = "holds" if row["holds"] else "DOES NOT HOLD"
                 click.echo(
                     f"{row['claim']}: {row['metric']} {row['ours']:.5g} {sign} {row['baseline']:.5g} "

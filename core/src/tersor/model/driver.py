@@ -348,6 +348,23 @@ def _digest_of(batches: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def _stored_types(folder: Path) -> dict[str, Any]:
+    """The 16-bit element types of the tensors in a model's folder, by name: what is kept is stored as it was."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    names = {"BF16": torch.bfloat16, "F16": torch.float16}
+    out = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                types = {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            continue
+        out.update({n: names[t] for n, t in types.items() if t in names})
+    return out
+
+
 class _Journal:
     """Finished tensors on disk, so that a killed run goes on where it stopped."""
 
@@ -423,13 +440,16 @@ def compress_model(
             journal.put(t.name, payload)
             parts[f"t:{t.name}"] = container.load_bytes(journal.path(t.name))
             del payload
+        stored = _stored_types(folder)
         taken: dict[Any, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             first = taken.setdefault((tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype), name)
             if first != name and tensor.numel():
                 meta.setdefault("ties", {})[name] = first
             elif f"t:{name}" not in parts:
-                parts[f"r:{name}"] = tensor.detach()
+                kept = tensor.detach()
+                narrow = kept.to(stored[name]) if name in stored else kept
+                parts[f"r:{name}"] = narrow if bool((narrow.to(kept.dtype) == kept).all()) else kept
         for pattern in _FILES:
             for file in sorted(folder.glob(pattern)):
                 if not file.name.endswith(".index.json"):

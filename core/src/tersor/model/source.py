@@ -17,13 +17,16 @@ class _CachedSession:
     def __init__(self, source: TransformersSource) -> None:
         transformers = _library("transformers", "transformers", "decoding with a transformers model")
         self.source, self.length, self.calls = source, 0, 0
-        self.cache = transformers.DynamicCache(config=source.model.config)
+        self.cache = transformers.DynamicCache()  # without window: it is cropped freely, and the mask keeps the window
 
     def extend(self, tokens: Sequence[int], last: int | None = None) -> np.ndarray:
         import torch
 
         if len(tokens) == 0:
             raise InputError("extend needs at least one token")
+        limit = getattr(self.source.model.config, "max_position_embeddings", None)
+        if limit and self.length + len(tokens) > limit:
+            raise InputError(f"{self.length + len(tokens)} tokens; allowed: the model's {limit} positions")
         ids = torch.tensor([list(tokens)], dtype=torch.long)
         keep = {} if last is None else {"logits_to_keep": last}
         with torch.inference_mode():

@@ -107,6 +107,6 @@ def codebook_use(seed: int) -> list[Row]:
             Row(claim=f"nearly all of {size} codes used, no auxiliary loss", metric="fraction of codes used on four photographs",
                 ours=fsq["use"], baseline=0.9, baseline_name="nine codes in ten", better="higher"),
             Row(claim=f"reconstruction within 0.5 dB of plain VQ or above, {size} codes", metric="PSNR of two held-out photographs, dB",
-                ours=fsq["psnr"], baseline=vq["psnr"] - 0.5, baseline_name="plain VQ less 0.5 dB", better="higher"),
+                ours=fsq["psnr"], baseline=vq["psnr"], slack=0.5, baseline_name="plain VQ", better="higher"),
         ]  # fmt: skip
     return rows

@@ -143,10 +143,15 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     import numpy as np
 
-    rows = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
-    wide = np.zeros((count, 32), np.uint8)
-    wide[:, 32 - bits :] = rows
-    return torch.from_numpy(np.packbits(wide, axis=1).view(">u4").astype(np.int64).reshape(-1))
+    out = np.empty(count, np.int64)
+    step = 1 << 20  # indices at a time, a whole number of bytes, so that little memory is needed beside the result
+    for start in range(0, count, step):
+        n = min(step, count - start)
+        rows = np.unpackbits(packed[start * bits // 8 :].numpy(), count=n * bits).reshape(n, bits)
+        wide = np.zeros((n, 32), np.uint8)
+        wide[:, 32 - bits :] = rows
+        out[start : start + n] = np.packbits(wide, axis=1).view(">u4").reshape(-1)
+    return torch.from_numpy(out)
 
 
 class _Round(torch.autograd.Function):
