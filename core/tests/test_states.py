@@ -117,3 +117,12 @@ def test_audio_and_video_come_back_with_their_rate(tmp_path):
     assert tersor.io.load(tmp_path / "t.wav").rate == 8000
     with pytest.raises(tersor.InputError, match="cannot be written as t.txt"):
         tersor.io.save(back, tmp_path / "t.txt")
+
+
+def test_the_content_check_of_a_lossless_payload_holds_for_bytes_too():
+    codec = tersor.codec("zstd")
+    payload = codec.encode(b"hello")
+    payload.check ^= 1
+    for given in (payload, payload.to_bytes()):
+        with pytest.raises(tersor.CorruptPayloadError, match="its check value differs"):
+            codec.decode(given)

@@ -223,11 +223,9 @@ class Method:
         if self.lossless and spec.dtype == "bfloat16" and self.native != "torch":
             raise InputError(f"{self.name} keeps numpy's element types exactly; given: bfloat16; take x.view(torch.int16)")
         if not self.lossless and is_float(spec.dtype):
-            given = x
             x = cast(x, "float32")
             if spec.dtype == "float64" and DOMAINS[domain].finite:
                 DOMAINS[domain].check(x, f"{self.name} (in float32)")
-            del given
         x = to_native(x, self.native)
         if domain == "weight" and self.kind != "pruner":
             x = x.reshape(_folded(spec).shape)
@@ -254,8 +252,6 @@ class Method:
         """The method that reads the payload (with its state), what its underscored function gets, and the spec."""
         from tersor.container import decoded_limit
 
-        if not isinstance(payload, Payload):
-            payload = Payload.from_bytes(payload)
         if payload.method.name != self.name or payload.method.kind != self.kind:
             raise InputError(
                 f"{self.kind} {self.name} cannot read this payload: it is of {payload.method.kind} {payload.method.name}"
@@ -276,7 +272,8 @@ class Method:
         parts = {k: v if isinstance(v, (bytes, bytearray)) else to_native(v, native) for k, v in payload.parts.items()}
         return reader, {**payload.meta, **parts}, spec
 
-    def _restore(self, payload: Payload, operation: str, limit: int | None) -> Any:
+    def _restore(self, given: Payload | bytes, operation: str, limit: int | None) -> Any:
+        payload = _payload(given)
         reader, parts, spec = self._unpack(payload, limit)
         inner = getattr(reader, f"_{operation}")
 
@@ -293,9 +290,13 @@ class Method:
         from tersor.registry import operate
 
         out = operate(operation, reader, call)
-        if isinstance(payload, Payload) and payload.check is not None and _check(domains.unwrap(out)[0]) != payload.check:
+        if payload.check is not None and _check(domains.unwrap(out)[0]) != payload.check:
             raise CorruptPayloadError(f"{self.name}: what was decoded is not what was encoded (its check value differs)")
         return out
+
+
+def _payload(given: Payload | bytes) -> Payload:
+    return given if isinstance(given, Payload) else Payload.from_bytes(given)
 
 
 def _check(x: Any) -> int:
@@ -380,7 +381,7 @@ class Codec(Method):
 
         Raises the errors under :class:`tersor.FileError` and :class:`tersor.MissingStateError`.
         """
-        return self._restore(payload, "decode", limit)  # type: ignore[arg-type]
+        return self._restore(payload, "decode", limit)
 
     def _encode(self, x: Any, spec: Spec) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__}._encode")
@@ -407,17 +408,14 @@ class Quantizer(Method):
         from tersor.registry import operate
 
         native, spec = self._enter(x, domain)
-        ready = self._calibration(calibration, native)
+        ready = enter_calibration(self, calibration, native)
         return operate(  # type: ignore[no-any-return]
             "quantize", self, lambda: self._pack(Codes, self._quantize(native, ready, _folded(spec)), spec, native)
         )
 
     def dequantize(self, codes: Codes | bytes, limit: int | None = None) -> Any:
         """The values that the codes stand for. ``limit`` and errors as :meth:`Codec.decode`."""
-        return self._restore(codes, "dequantize", limit)  # type: ignore[arg-type]
-
-    def _calibration(self, given: Any, x: Any) -> Calibration | None:
-        return enter_calibration(self, given, x)
+        return self._restore(codes, "dequantize", limit)
 
     def _quantize(self, x: Any, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__}._quantize")
@@ -537,7 +535,7 @@ class Pruner(Method):
         """The pruned tensors as dense arrays (or the :class:`tersor.Mask`, where only that was saved)."""
         from tersor.sparse import unpack_mask
 
-        reader, parts, spec = self._unpack(payload, limit)  # type: ignore[arg-type]
+        reader, parts, spec = self._unpack(_payload(payload), limit)
         from tersor.container import decoded_limit
 
         left = decoded_limit() if limit is None else limit

@@ -106,7 +106,8 @@ def _scan_folder(folder: str) -> list[Entry]:
 
 #: discovery, registration and lookup are done by one thread at a time
 _lock = threading.RLock()
-os.register_at_fork(after_in_child=lambda: globals().__setitem__("_lock", threading.RLock()))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().__setitem__("_lock", threading.RLock()))
 _folders: dict[str, tuple[int, list[Entry]]] = {}
 _index: tuple[tuple[Any, ...], dict[tuple[str, str], list[Entry]]] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import attrs
@@ -203,4 +203,3 @@ class Calibration:
     gradients: Any = None
     layer: str = ""
     extra: Mapping[str, Any] = attrs.field(factory=dict)
-    progress: Callable[..., Any] | None = None

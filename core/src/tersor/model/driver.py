@@ -93,8 +93,8 @@ def plan_model(source: Any, method: Any, recipe: Any = None) -> list[dict[str, A
     """
     method, recipe = as_method(method), Recipe.of(recipe)
     if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".safetensors":
-        plan = {n: r for n, r, _ in _plan_tensors(Path(source), method, recipe)}
-        shapes = {n: s for n, _, s in _plan_tensors(Path(source), method, recipe)}
+        rules = list(_plan_tensors(Path(source), method, recipe))
+        plan, shapes = {n: r for n, r, _ in rules}, {n: s for n, _, s in rules}
     else:
         model = load_model(source)[0] if isinstance(source, (str, os.PathLike)) else source
         plan = {t.name: (t.pattern, t.method) for t in _targets(model, method, recipe)}
@@ -212,20 +212,20 @@ def _walk(
     model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None]
 ) -> Iterator[tuple[_Target, Payload]]:
     """Compress every target in order, putting the decoded weight into the model; ``done`` gives what is there already."""
-    import torch
-
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        yield from _compress_blocks(model, targets, batches, done, torch)
+        yield from _compress_blocks(model, targets, batches, done)
     finally:
         for m in training:
             m.training = True
 
 
 def _compress_blocks(
-    model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None], torch: Any
+    model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None]
 ) -> Iterator[tuple[_Target, Payload]]:
+    import torch
+
     _, blocks = find_blocks(model)
     calibrated = any(t.method.calibration != "none" for t in targets) and bool(batches)
     by_block: dict[int, list[_Target]] = {}
@@ -458,7 +458,8 @@ def compress_model(
 
     header = container.Header(
         kind="model", method=method.name, distribution=method.origin()[0], version=__version__,
-        bitwise=all(m.bitwise for m in (method, *(r[1] for r in recipe.rules)) if m is not None), meta={**meta, "recipe": rules, "method": str(method)}, spec=Spec("weight", (), "float32"),
+        bitwise=all(m.bitwise for m in used), meta={**meta, "recipe": rules, "method": str(method)},
+        spec=Spec("weight", (), "float32"),
     )  # fmt: skip
     container.write(out, header, parts)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)

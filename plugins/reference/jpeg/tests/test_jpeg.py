@@ -8,19 +8,12 @@ from tersor import metrics
 from tersor.testing import assert_conforms
 
 
-def photograph():
-    """A smooth 8-bit picture with an edge."""
-    y, x = np.mgrid[0:96, 0:128] / 128
-    red = 0.5 + 0.4 * np.sin(7 * x + 3 * y)
-    return (np.rint(255 * np.stack([red, 0.8 * y, np.where(x > y, 0.9, 0.2)])) / 255).astype(np.float32)
-
-
 def test_conformance():
     assert_conforms("jpeg", fresh_process=False)
 
 
-def test_a_lower_quality_is_smaller_and_worse():
-    x = photograph()
+def test_a_lower_quality_is_smaller_and_worse(photograph):
+    x = photograph
     low, high = (tersor.codec("jpeg", quality=q) for q in (20, 90))
     a, b = low.encode(x), high.encode(x)
     assert a.nbytes < b.nbytes

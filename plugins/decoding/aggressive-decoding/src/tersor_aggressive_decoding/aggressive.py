@@ -1,4 +1,4 @@
-"""Lossless Acceleration for Seq2seq Generation with Aggressive Decoding (Ge, Xia, Sun, Chen, Wei; arXiv 2205.10350)."""
+"""Lossless Acceleration for Seq2seq Generation with Aggressive Decoding (Ge, Xia, Sun, Chen, Wei; https://arxiv.org/abs/2205.10350)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To prune, or not to prune: exploring the efficacy of pruning for model compression (Zhu, Gupta; arXiv 1710.01878)."""
+"""To prune, or not to prune: exploring the efficacy of pruning for model compression (Zhu, Gupta; https://arxiv.org/abs/1710.01878)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finite Scalar Quantization: VQ-VAE Made Simple (Mentzer, Minnen, Agustsson, Tschannen; arXiv 2309.15505)."""
+"""Finite Scalar Quantization: VQ-VAE Made Simple (Mentzer et al., https://arxiv.org/abs/2309.15505)."""
 
 from __future__ import annotations
 
