@@ -55,7 +55,14 @@ def gram(calibration: Any, columns: int) -> Tensor:
 
 
 def unit_factor(hessian: Tensor, order: Tensor | None = None, damp: float = 0.01) -> Tensor:
-    """The unit upper triangular A with ``A D A' = H[order][:, order] + damp * mean(diag H) * I`` (D diagonal), float32.
+    """The factor A of :func:`ldl` alone; arguments and errors are the same."""
+    return ldl(hessian, order, damp)[0]
+
+
+def ldl(hessian: Tensor, order: Tensor | None = None, damp: float = 0.01) -> tuple[Tensor, Tensor]:
+    """The unit upper triangular A and the diagonal of D, ``A D A' = H[order][:, order] + damp * mean(diag H) * I``, float32.
+
+    D_kk is what a unit error in column k costs when the columns after it are free to make up for it.
 
     ``hessian``: symmetric, n x n, not changed; where a column was never active (diagonal 0) the mean diagonal stands in.
     ``order``: int64 permutation, the order of rounding; None: as it is.
@@ -81,9 +88,10 @@ def unit_factor(hessian: Tensor, order: Tensor | None = None, damp: float = 0.01
         higher = min(max(10 * damp, 1e-4), MOST_DAMP)
         warnings.warn(f"the Hessian is singular at damping {damp:g}: using {higher:g}", stacklevel=2)
         damp = higher
-    lower *= 1 / lower.diagonal()
+    pivots = lower.diagonal().clone()
+    lower *= 1 / pivots
     lower.diagonal().fill_(1.0)
-    return lower.flip(0, 1)
+    return lower.flip(0, 1), pivots.square_().flip(0)
 
 
 def feedback(
@@ -93,6 +101,7 @@ def feedback(
     enter: Callable[[int, Tensor], None],
     round_: Callable[[int, Tensor, Tensor], None],
     leaf: int = 32,
+    step: int = 1,
 ) -> Tensor:
     """Round the columns of a matrix in order, each corrected for the errors of those before it.
 
@@ -103,8 +112,11 @@ def feedback(
     ``round_(k, w, error)`` rounds column k: ``w`` is its corrected value (a view of ``columns``, which may be overwritten, with
     the codes say), ``error`` holds the original weights, from which the rounded values are to be subtracted in place.
     ``leaf``: how many columns are taken one by one between matrix products; it changes speed, not the result.
+    ``step``: columns that are rounded together (vector quantization); ``span`` and the number of columns are multiples of it,
+    ``factor`` comes from :func:`tersor_kit_weight_quant.block_factor`, and ``w`` and ``error`` are step x out where it is above 1.
     Returns the errors, original minus rounded, in x out.
     """
+    leaf = max(leaf // step, 1) * step
     error = columns.clone()
     current, lost = columns.unbind(0), error.unbind(0)
 
@@ -121,6 +133,13 @@ def feedback(
             entered = True
             enter(start, best(start, stop) if start else columns[start:stop])
         if entered and width <= leaf:
+            if step > 1:
+                for k in range(start, stop, step):
+                    w = columns[k : k + step]
+                    if k > start:
+                        w.addmm_(factor[start:k, k : k + step].T, error[start:k])
+                    round_(k, w, error[k : k + step])
+                return
             for k in range(start, stop):
                 w = current[k]
                 if k > start:
