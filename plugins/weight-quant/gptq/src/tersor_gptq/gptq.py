@@ -7,21 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor import Calibration, ConfigError, Quantizer, Spec, at_least, between, field, method
-from tersor_kit_weight_quant import (
-    CLIP_RATIOS,
-    Grid,
-    exponent_of,
-    feedback,
-    fit_grid,
-    fit_scale,
-    gram,
-    group_count,
-    load,
-    normalise,
-    store,
-    unit_factor,
-)
+from tersor import Calibration, ConfigError, Quantizer, Spec, Uniform, at_least, between, field, method
+from tersor_kit_weight_quant import CLIP_RATIOS, gram, load, round_columns, store
 
 
 @method
@@ -79,59 +66,26 @@ class GPTQ(Quantizer):
         return self.act_order and not self.static_groups and self.group_size != -1
 
     def _quantize(self, x: Tensor, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
-        rows, n = x.shape
-        size = max(n, 1) if self.group_size == -1 else self.group_size
+        hessian = gram(calibration, x.shape[1])
         ratios = CLIP_RATIOS if self.clip else ()
-        steps = 2**self.bits - 1
+        # Algorithm 1, a column at a time; the loop is the kit's, as it is also the last step of other methods.
+        grid, codes = round_columns(
+            x,
+            hessian,
+            self.bits,
+            self.group_size,
+            self.sym,
+            self.act_order,
+            self.static_groups,
+            ratios,
+            self.damp,
+            self.block_size,
+        )
+        return store(grid, codes)
 
-        hessian = gram(calibration, n)
-        order = torch.arange(n, device=x.device)
-        if self.act_order:
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-        factor = unit_factor(hessian, order, self.damp)
-
-        exponent = exponent_of(x)
-        columns = normalise(x, exponent).T.contiguous().index_select(0, order)
-        columns[(hessian.diagonal()[order] == 0).nonzero()] = 0.0
-
-        place = torch.arange(n, device=x.device) // size if self._indexed else order // size  # group of the k-th column rounded
-        scale = torch.zeros(group_count(n, size), rows, dtype=torch.float16, device=x.device)
-        zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=x.device)
-        if self.static_groups:
-            ready = fit_grid(x, self.bits, size, self.sym, ratios)
-            scale.copy_(ready.scale.T)
-            zero.copy_(zero if ready.zero is None else ready.zero.T)
-        step = scale.float()
-        inverse = torch.where(step > 0, 1 / step, 0.0)
-        low, high = -zero.float(), steps - zero.float()
-        at = place.tolist()
-
-        def enter(start: int, group: Tensor) -> None:
-            if self.static_groups:
-                return
-            g = at[start]
-            scale[g], z = fit_scale(group, self.bits, self.sym, 0, ratios)
-            if z is not None:
-                zero[g] = z
-            step[g] = scale[g].float()
-            inverse[g] = torch.where(step[g] > 0, 1 / step[g], 0.0)
-            low[g] = -zero[g].float()
-            high[g] = low[g] + steps
-
-        def round_(k: int, w: Tensor, error: Tensor) -> None:
-            g = at[k]
-            torch.mul(w, inverse[g], out=w).round_()
-            torch.clamp(w, low[g], high[g], out=w)
-            error.addcmul_(w, step[g], value=-1)
-
-        feedback(columns, factor, size, enter, round_, self.block_size)
-
-        levels = torch.empty(n, rows, dtype=torch.uint8, device=x.device)
-        for some in torch.arange(n, device=x.device).split(128):
-            levels[order[some]] = columns[some].sub_(low[place[some]]).to(torch.uint8)
-        index = torch.empty_like(order).scatter_(0, order, place) if self._indexed else None
-        grid = Grid(scale.T.contiguous(), None if self.sym else zero.T.contiguous(), self.bits, size, index, exponent)
-        return store(grid, levels.T.contiguous())
+    def _uniform(self, parts: dict[str, Any], spec: Spec) -> Uniform | None:
+        grid, codes = load(parts, spec.shape, self.bits, self.group_size, self.sym, self._indexed)  # type: ignore[arg-type]
+        return grid.uniform(codes)
 
     def _dequantize(self, parts: dict[str, Any], spec: Spec) -> Tensor:
         grid, codes = load(parts, spec.shape, self.bits, self.group_size, self.sym, self._indexed)  # type: ignore[arg-type]
