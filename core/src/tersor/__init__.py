@@ -19,14 +19,15 @@ _WHERE = {
     "tersor.jobs": ["compress_many", "decompress_many"],
     "tersor.config": ["field", "between", "one_of", "positive", "at_least", "method"],
     "tersor.domains": ["Audio", "Video", "Domain", "DOMAINS"],
+    "tersor.exporters": ["Exported", "Exporter", "ExportModel", "ModelTensor", "export", "exporter"],
     "tersor.kinds": ["Codec", "Quantizer", "Pruner", "Decoder", "Method"],
     "tersor.stream": ["Stream"],
     "tersor.tokens": ["Kept", "TokenPruner"],
-    "tersor.results": ["Payload", "Codes", "Mask", "Decoded", "Spec", "Calibration", "Source", "Session", "TreeSession", "branching"],
+    "tersor.results": ["Payload", "Codes", "Mask", "Decoded", "Spec", "Calibration", "Uniform", "Source", "Session", "TreeSession", "branching"],
     "tersor.hooks": ["hookimpl"],
     "tersor.progress": ["track"],
     "tersor.errors": [
-        "TersorError", "ConfigError", "InputError", "CalibrationError", "UnknownMethodError", "ConflictError", "PluginError",
+        "TersorError", "ConfigError", "InputError", "CalibrationError", "ExportError", "UnknownMethodError", "ConflictError", "PluginError",
         "MissingLibraryError", "StateError", "MissingStateError", "FileError", "NotTersorFileError", "UnsupportedVersionError",
         "TruncatedFileError", "ChecksumError", "LimitError", "CorruptPayloadError", "ClaimError",
     ],
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         ConfigError,
         ConflictError,
         CorruptPayloadError,
+        ExportError,
         FileError,
         InputError,
         LimitError,
@@ -58,11 +60,12 @@ if TYPE_CHECKING:
         UnknownMethodError,
         UnsupportedVersionError,
     )
+    from tersor.exporters import Exported, Exporter, ExportModel, ModelTensor, export, exporter
     from tersor.hooks import hookimpl
     from tersor.jobs import compress_many, decompress_many
     from tersor.kinds import Codec, Decoder, Method, Pruner, Quantizer
     from tersor.progress import track
-    from tersor.results import Calibration, Codes, Decoded, Mask, Payload, Session, Source, Spec, TreeSession, branching
+    from tersor.results import Calibration, Codes, Decoded, Mask, Payload, Session, Source, Spec, TreeSession, Uniform, branching
     from tersor.stream import Stream
     from tersor.tokens import Kept, TokenPruner
 

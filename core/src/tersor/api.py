@@ -52,26 +52,27 @@ def method(text: str) -> Method:
 def available(kind: str | None = None, family: str | None = None, domain: str | None = None) -> list[dict[str, str]]:
     """All installed methods, or those of one kind, family or domain; reads metadata and imports no plugin.
 
-    Each is a dict of ``name, kind, family, domain, summary, distribution, version, status`` (``ok``, ``broken``, ``conflict``).
+    ``kind="exporter"`` gives the exporters, which are no methods. Each is a dict of ``name, kind, family, domain, summary, distribution, version, status`` (``ok``, ``broken``, ``conflict``).
     """
-    if kind is not None and kind not in registry.KINDS:
-        raise ConfigError(f"kind={kind!r}; allowed: {', '.join(registry.KINDS)}")
+    if kind is not None and kind not in registry.OFFERS:
+        raise ConfigError(f"kind={kind!r}; allowed: {', '.join(registry.OFFERS)}")
     return [
         m
         for m in registry.listing()
-        if (kind is None or m["kind"] == kind)
+        if (m["kind"] in registry.KINDS if kind is None else m["kind"] == kind)
         and (family is None or family in m["family"].split(","))
         and (domain is None or domain in m["domain"].split(","))
     ]
 
 
 def info(name: str, kind: str | None = None) -> dict[str, Any]:
-    """What there is to know of one method: metadata, facts, settings with types, defaults and help; imports its plugin."""
+    """What there is to know of one method or exporter: metadata, facts, settings with types, defaults and help; imports its plugin."""
     import attrs
 
     from tersor.config import describe
 
-    kind = kind or registry.kind_of(name)
+    if kind is None:
+        kind = "exporter" if registry.is_exporter(name) else registry.kind_of(name)
     cls: Any = registry.lookup(kind, name)
     entry = registry.find(kind, name)
     meta = entry.metadata
@@ -89,6 +90,18 @@ def info(name: str, kind: str | None = None) -> dict[str, Any]:
                 "help": f.metadata.get("help", ""),
             }
         )
+    facts = (
+        {"writes": f"a {cls.suffix} file" if cls.suffix else "a folder"}
+        if kind == "exporter"
+        else {
+            "domains": list(cls.domains),
+            "lossless": cls.lossless,
+            "bitwise": cls.bitwise,
+            "fitted": cls.fitted,
+            "calibration": cls.calibration,
+            "config_version": cls.config_version,
+        }
+    )
     return {
         "name": cls.name,
         "kind": kind,
@@ -97,12 +110,7 @@ def info(name: str, kind: str | None = None) -> dict[str, Any]:
         "distribution": entry.distribution,
         "version": entry.version,
         "urls": urls,
-        "domains": list(cls.domains),
-        "lossless": cls.lossless,
-        "bitwise": cls.bitwise,
-        "fitted": cls.fitted,
-        "calibration": cls.calibration,
-        "config_version": cls.config_version,
+        **facts,
         "settings": fields,
         "doc": (cls.__doc__ or "").strip(),
     }
@@ -140,6 +148,8 @@ def compress(
     calibration: Any = None,
     frames: slice | str | None = None,
     size: tuple[int, int] | str | None = None,
+    to: Any = None,
+    replace: bool = False,
     **options: Any,
 ) -> Payload | Path | str:
     """Compress an array, bytes, a file (image, audio, video, ``.npy``, any other as bytes) or a whole model.
@@ -148,14 +158,15 @@ def compress(
     ``with_``: a method, or its string such as ``"jpeg:quality=80"``. ``out``: where to write the ``.tsr`` file; without it the
     payload comes back. Either path may be a remote one (``s3://...``; see :mod:`tersor.remote`). ``frames``, ``size``: the part of a
     video file that is read; see :func:`tersor.io.load`. A model goes to the model driver, which needs ``out`` and takes the options
-    of :func:`tersor.model.compress_model`. Many files: :func:`tersor.compress_many`.
+    of :func:`tersor.model.compress_model`. ``to``: an exporter or its string: the model is written in that format (see
+    :func:`tersor.export`), not as a ``.tsr`` file; ``replace``: in the place of what is there. Many files: :func:`tersor.compress_many`.
     Raises :class:`tersor.InputError`, the lookup errors of :func:`codec`, OSError.
     """
     from tersor import remote
 
     m = as_method(with_)
-    given = {"calibration": calibration, "frames": frames, "size": size, **options}
-    if remote.is_remote(out):
+    given = {"calibration": calibration, "frames": frames, "size": size, "to": to, "replace": replace, **options}
+    if remote.is_remote(out) and to is None:
         with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
             compress(x, m, Path(folder, "out.tsr"), **given)
             remote.store(Path(folder, "out.tsr"), str(out))
@@ -173,10 +184,16 @@ def compress(
                 raise InputError("a model is written to a file: give out=PATH")
             if frames is not None or size is not None:
                 raise InputError("frames and size choose a part of a video; a model was given")
+            if to is not None:
+                from tersor.exporters import compress_to
+
+                return compress_to(Path(x), m, out, to, replace, calibration=calibration, **options)
             return compress_model(x, m, out, calibration=calibration, **options)
         x = load(x, m, frames=frames, size=size)
     elif frames is not None or size is not None:
         raise InputError("frames and size choose a part of a video file; what was given is not a file")
+    if to is not None:
+        raise InputError(f"to={to!r} exports whole models; {m.name} was given one array or file")
     if options:
         raise InputError(f"options {', '.join(options)} belong to whole models; {m.name} was given one array or file")
     payload = apply_method(m, x, calibration)

@@ -21,6 +21,10 @@ class CalibrationError(TersorError, ValueError):
     """Calibration data is missing, or does not fit the data it goes with."""
 
 
+class ExportError(TersorError, ValueError):
+    """A format cannot hold a model as it is; the message names the tensors and the property."""
+
+
 class UnknownMethodError(TersorError, LookupError):
     """No installed distribution offers a method of that name."""
 

@@ -1,4 +1,4 @@
-"""The hook specs: one for each kind of method, and one that operations pass through.
+"""The hook specs: one for each kind of method, one for exporters, and one that operations pass through.
 
 A plugin module implements the hook of each kind that it offers::
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from tersor.exporters import Exporter
     from tersor.kinds import Codec, Decoder, Method, Pruner, Quantizer
 
 hookspec = pluggy.HookspecMarker("tersor")
@@ -46,8 +47,14 @@ def tersor_decoder(name: str) -> type[Decoder] | None:
 
 
 @hookspec(firstresult=True)
-def tersor_operation(operation: str, method: Method, call: Callable[[], Any]) -> Any:
-    """Run one operation of a method: ``encode``, ``decode``, ``quantize``, ``dequantize``, ``prune``, ``apply``, ``fit``.
+def tersor_exporter(name: str) -> type[Exporter] | None:
+    """The exporter class that the entry point ``name`` of the group ``tersor.exporter`` stands for."""
+
+
+@hookspec(firstresult=True)
+def tersor_operation(operation: str, method: Method | Exporter, call: Callable[[], Any]) -> Any:
+    """Run one operation of a method: ``encode``, ``decode``, ``quantize``, ``dequantize``, ``prune``, ``apply``, ``fit``; ``export``
+    of an exporter.
 
     Core's own implementation returns ``call()``. An extension (entry-point group ``tersor.extension``) wraps it with
     ``@hookimpl(wrapper=True)`` to time, log or post-process every operation of every method.

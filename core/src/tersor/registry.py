@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import pluggy
 
 KINDS = ("codec", "quantizer", "pruner", "decoder")
-_GROUPS = {f"tersor.{kind}": kind for kind in (*KINDS, "extension")}
+#: what a plugin can offer by name: methods of the four kinds, and exporters
+OFFERS = (*KINDS, "exporter")
+_GROUPS = {f"tersor.{kind}": kind for kind in (*OFFERS, "extension")}
 
 
 class Entry(NamedTuple):
@@ -279,7 +281,7 @@ def _register(entry: Entry) -> Any:
             _failures[entry.kind, entry.name] = traceback.format_exc()
             reason = " ".join(str(error).split())
             _remember(entry, reason)
-            known = ", ".join(f"tersor_{k}" for k in KINDS)
+            known = ", ".join(f"tersor_{k}" for k in OFFERS)
             raise PluginError(f"{who} does not fit the hook specs ({known}): {reason}") from error
     return module
 
@@ -309,15 +311,18 @@ def find(kind: str, name: str) -> Entry:
 def _unknown(kind: str | None, name: str, bare: str) -> str:
     """What to say of a name that no installed method (of that kind) has."""
     table = index()
-    other = [k for k in KINDS if k != kind and (k, bare) in table]
-    if kind and other:
-        return f"{bare!r} is not a {kind} but a {other[0]}: tersor.{other[0]}({bare!r})"
+    other = [k for k in OFFERS if k != kind and (k, bare) in table]
+    if other and (kind or other == ["exporter"]):
+        a = "an" if other[0] == "exporter" else "a"
+        how = f"tersor.export(model, {bare!r}, out)" if other[0] == "exporter" else f"tersor.{other[0]}({bare!r})"
+        return f"{bare!r} is not {'an' if kind == 'exporter' else 'a'} {kind or 'method'} but {a} {other[0]}: {how}"
     message = f"no installed {kind or 'method'} is named {name!r}"
+    sought = KINDS if kind is None else (kind,)
     official = official_methods()
-    if bare in official and kind in (None, official[bare]):
-        return f"{message}; it is an official method: pip install tersor-{bare}"
-    installed = sorted({n for k, n in table if k in KINDS and kind in (None, k)})
-    names = {*installed, *(n for n, k in official.items() if kind in (None, k))}
+    if official.get(bare) in sought:
+        return f"{message}; it is an official {'exporter' if kind == 'exporter' else 'method'}: pip install tersor-{bare}"
+    installed = sorted({n for k, n in table if k in sought})
+    names = {*installed, *(n for n, k in official.items() if k in sought)}
     near = difflib.get_close_matches(bare, names, 3, 0.6)
     if near:
         said = [n if n in installed else f"{n} (pip install tersor-{n})" for n in near]
@@ -326,7 +331,7 @@ def _unknown(kind: str | None, name: str, bare: str) -> str:
 
 
 def official_methods() -> dict[str, str]:
-    """Names of the methods that the project itself publishes as ``tersor-NAME``, to their kind."""
+    """Names of the methods and exporters that the project itself publishes as ``tersor-NAME``, to their kind."""
     lines = Path(__file__).with_name("official.txt").read_text("utf-8").split("\n")
     return dict(line.split("\t")[:2] for line in lines if "\t" in line)  # type: ignore[misc]
 
@@ -355,8 +360,15 @@ def kind_of(name: str) -> str:
     return offers[0].kind
 
 
+def is_exporter(name: str) -> bool:
+    """Whether ``name`` (or ``distribution/name``) is that of an exporter and of no method."""
+    bare = name.rpartition("/")[2]
+    table = index()
+    return ("exporter", bare) in table and not any((kind, bare) in table for kind in KINDS)
+
+
 def lookup(kind: str, name: str) -> Any:
-    """The class of a method: imports the one plugin that offers it.
+    """The class of a method, or of an exporter: imports the one plugin that offers it.
 
     Raises :class:`tersor.UnknownMethodError`, :class:`tersor.ConflictError` or :class:`tersor.PluginError`.
     """
@@ -386,9 +398,9 @@ def _look_up(kind: str, name: str) -> Any:
             f"plugin {entry.name!r} of distribution {entry.distribution} fails in tersor_{kind} ({type(error).__name__}: {error}); "
             f"`tersor doctor {entry.name}` shows the traceback"
         ) from error
-    from tersor import kinds
+    from tersor import exporters, kinds
 
-    base = getattr(kinds, kind.capitalize())
+    base: Any = exporters.Exporter if kind == "exporter" else getattr(kinds, kind.capitalize())
     sound = isinstance(cls, type) and issubclass(cls, base)
     if not sound:
         problem = (
@@ -419,7 +431,7 @@ def operate(operation: str, method: Any, call: Callable[[], Any]) -> Any:
 
 
 def listing() -> list[dict[str, str]]:
-    """All methods as :func:`tersor.available` gives them; imports no plugin."""
+    """All methods and exporters, as :func:`tersor.available` gives them; imports no plugin."""
     broken = known_broken()
     out = []
     for (kind, name), entries in index().items():
@@ -444,4 +456,4 @@ def listing() -> list[dict[str, str]]:
                     "status": status,
                 }
             )
-    return sorted(out, key=lambda m: (KINDS.index(m["kind"]), m["name"], m["distribution"]))
+    return sorted(out, key=lambda m: (OFFERS.index(m["kind"]), m["name"], m["distribution"]))

@@ -20,6 +20,7 @@ _LAZY = {
     "info": "Show all there is to know of one method",
     "compress": "Compress a file, or a whole model, with a method",
     "decompress": "Restore what a .tsr file holds",
+    "export": "Write a compressed model in the format of an inference engine",
     "inspect": "Show what a .tsr file says of itself",
     "bench": "Compare methods on your own files",
     "check": "Run the conformance checks over a method",

@@ -41,7 +41,17 @@ def _many(command: Any) -> Any:
 def _complete_method(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from tersor import registry
 
-    return sorted(n for k, n in registry.index() if k != "extension" and n.startswith(incomplete))
+    return sorted(n for k, n in registry.index() if k in registry.KINDS and n.startswith(incomplete))
+
+
+def _complete_exporter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from tersor import registry
+
+    return sorted(n for k, n in registry.index() if k == "exporter" and n.startswith(incomplete))
+
+
+def _complete_any(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return sorted({*_complete_method(ctx, param, incomplete), *_complete_exporter(ctx, param, incomplete)})
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
@@ -62,19 +72,19 @@ def _cell(value: Any) -> str:
 
 
 @click.command("list")
-@click.option("--kind", type=click.Choice(["codec", "quantizer", "pruner", "decoder"]), help="Only methods of this kind.")
+@click.option("--kind", type=click.Choice(["codec", "quantizer", "pruner", "decoder", "exporter"]), help="Only this kind.")
 @click.option("--family", help="Only methods of this family.")
 @click.option("--domain", help="Only methods for this domain.")
 @_JSON
 def list_(kind: str | None, family: str | None, domain: str | None, as_json: bool) -> None:
-    """List the installed methods. Reads metadata only and imports no plugin.
+    """List the installed methods and exporters. Reads metadata only and imports no plugin.
 
     Status: ok; broken (its last import failed, or it needs another tersor: see `tersor doctor`); conflict (two distributions
     offer the name: choose with DISTRIBUTION/NAME).
     """
     from tersor.api import available
 
-    rows = available(kind, family, domain)
+    rows = available(kind, family, domain) + ([] if kind else available("exporter", family, domain))
     if as_json:
         show_json(rows)
     elif not rows:
@@ -84,10 +94,10 @@ def list_(kind: str | None, family: str | None, domain: str | None, as_json: boo
 
 
 @click.command("info")
-@click.argument("name", shell_complete=_complete_method)
+@click.argument("name", shell_complete=_complete_any)
 @_JSON
 def info_(name: str, as_json: bool) -> None:
-    """Show what a method is, its facts and its settings with types, defaults and allowed values."""
+    """Show what a method or exporter is, its facts and its settings with types, defaults and allowed values."""
     from tersor.api import info
 
     out = info(name)
@@ -95,9 +105,13 @@ def info_(name: str, as_json: bool) -> None:
         show_json(out)
         return
     click.echo(f"{out['name']} ({out['kind']}, {out['family']}): {out['summary']}")
-    click.echo(f"distribution {out['distribution']} {out['version']}; domains {', '.join(out['domains'])}")
-    facts = [k for k in ("lossless", "bitwise", "fitted") if out[k]] + [f"calibration {out['calibration']}"]
-    click.echo("; ".join(facts))
+    where = f"distribution {out['distribution']} {out['version']}"
+    if out["kind"] == "exporter":
+        click.echo(f"{where}; writes {out['writes']}")
+    else:
+        click.echo(f"{where}; domains {', '.join(out['domains'])}")
+        facts = [k for k in ("lossless", "bitwise", "fitted") if out[k]] + [f"calibration {out['calibration']}"]
+        click.echo("; ".join(facts))
     for label, url in out["urls"].items():
         click.echo(f"{label}: {url}")
     if out["settings"]:
@@ -123,6 +137,9 @@ def info_(name: str, as_json: bool) -> None:
     help="NAME:key=value,key=value, for example gptq:bits=4,group_size=128",
 )
 @click.option("-o", "--output", help="The .tsr file to write (default: SOURCE.tsr), or the folder, for several.")
+@click.option(
+    "--to", metavar="EXPORTER", shell_complete=_complete_exporter, help="Models: write this format instead, NAME:key=value,..."
+)
 @click.option("--state", type=click.Path(exists=True), help="A saved state (.safetensors) for a fitted method.")
 @click.option("--recipe", type=click.Path(exists=True), help="Models: JSON list of [pattern, method or null], first match wins.")
 @click.option("--calibration", type=click.Path(exists=True), help="Models: a text file; arrays: a .npy file, samples x in.")
@@ -137,6 +154,7 @@ def compress_(
     sources: tuple[str, ...],
     with_: str,
     output: str | None,
+    to: str | None,
     state: str | None,
     recipe: str | None,
     calibration: str | None,
@@ -156,7 +174,8 @@ def compress_(
     Several files, a folder, a quoted pattern ("photos/*.png") or a remote one go to .tsr files in the folder OUTPUT; one that fails
     does not stop the others (exit code 1). A path may be remote: s3://..., https://... and what else fsspec knows.
 
-    A model is done block by block with calibration; a killed run goes on where it stopped when started again.
+    A model is done block by block with calibration; a killed run goes on where it stopped when started again. It becomes one .tsr
+    file, or with --to what an inference engine reads, such as a folder for transformers (`tersor list --kind exporter`).
     """
     from tersor import remote
     from tersor.api import as_method, compress
@@ -170,8 +189,8 @@ def compress_(
     if len(sources) > 1 or (remote.several(sources[0]) and not is_model(sources[0], m)):
         from tersor.jobs import compress_many
 
-        if dry_run or recipe:
-            raise click.UsageError("--dry-run and --recipe belong to single models")
+        if dry_run or recipe or to:
+            raise click.UsageError("--dry-run, --recipe and --to belong to single models")
         if not output:
             raise click.UsageError("several inputs need a folder: -o FOLDER")
         given = part | ({"calibration": os.path.abspath(calibration)} if calibration else {})
@@ -181,14 +200,25 @@ def compress_(
         return
     source = str(remote.local(sources[0]))
     model = is_model(source, m)
+    options: dict[str, Any] = {}
     _single(source, *((1, None) if model else (jobs, engine)))
     if remote.is_remote(source) and not output:
         raise click.UsageError("a remote input needs an output: -o PATH")
     target = str(remote.local(output or f"{source.rstrip('/')}.tsr"))
-    if remote.exists(target) and not force and not dry_run:
+    if to:
+        target = _exported(source, output, to, model)
+        options["to"], options["replace"] = to, force
+    elif model and not remote.is_remote(target) and (target.endswith("/") or os.path.isdir(target)):
+        from tersor.api import available
+
+        formats = ", ".join(e["name"] for e in available("exporter")) or "none is installed"
+        raise click.UsageError(
+            f"a model becomes one .tsr file, and {target} is a folder; for a folder or file that an engine reads: --to EXPORTER ({formats})"
+        )
+    if remote.exists(target) and not force and not dry_run and not (to and _empty(target)):
         _there(target, skip_existing, as_json)
         return
-    options: dict[str, Any] = dict(part)
+    options |= part
     if model:
         options |= {"recipe": recipe, "samples": samples, "window": window, "jobs": jobs, "engine": engine}
         if dry_run:
@@ -221,6 +251,22 @@ def compress_(
         show_json({"output": target, "method": str(m), "input_bytes": before, "bytes": after, "ratio": before / max(after, 1)})
     else:
         click.echo(f"{target}: {before:,} bytes to {after:,} ({after / max(before, 1):.1%}) with {m}")
+
+
+def _exported(source: str, output: str | None, to: str, model: bool) -> str:
+    """Where a model goes that is compressed and exported in one step."""
+    from tersor.exporters import as_exporter
+
+    if not model:
+        raise click.UsageError("--to exports whole models")
+    suffix = as_exporter(to).suffix
+    if not output and not suffix:
+        raise click.UsageError(f"{to} writes a folder: -o FOLDER")
+    return (output or f"{source.rstrip('/')}{suffix}").rstrip("/")
+
+
+def _empty(path: str) -> bool:
+    return os.path.isdir(path) and not os.listdir(path)
 
 
 def _single(source: str, jobs: int, engine: str | None) -> None:
@@ -301,8 +347,7 @@ def decompress_(
     _single(source, jobs, engine)
     if suffix:
         raise click.UsageError("--suffix belongs to several inputs; the output's own suffix says the format")
-    empty = os.path.isdir(target) and not os.listdir(target)
-    if remote.exists(target) and not force and not empty:
+    if remote.exists(target) and not force and not _empty(target):
         _there(target, skip_existing, as_json)
         return
     with on_terminal():
@@ -311,6 +356,38 @@ def decompress_(
         show_json({"output": target})
     else:
         click.echo(target)
+
+
+@click.command("export")
+@click.argument("source", metavar="MODEL.tsr", type=click.Path(exists=True, dir_okay=False))
+@click.option("--to", required=True, metavar="EXPORTER", shell_complete=_complete_exporter, help="NAME:key=value,key=value")
+@click.option("-o", "--output", help="The file or folder to write; a file's default: MODEL with the exporter's suffix.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@_JSON
+def export_(source: str, to: str, output: str | None, force: bool, as_json: bool) -> None:
+    """Write a compressed model in the format of an inference engine. The values stay those of MODEL.tsr.
+
+    What the format cannot hold is an error that names the tensors and the property. `tersor list --kind exporter` lists the formats.
+    """
+    from collections import Counter
+
+    from tersor.exporters import as_exporter
+    from tersor.progress import on_terminal
+
+    exporter = as_exporter(to)
+    if not output and not exporter.suffix:
+        raise click.UsageError(f"{exporter.name} writes a folder: -o FOLDER")
+    target = (output or os.path.splitext(source)[0] + exporter.suffix).rstrip("/")
+    if os.path.lexists(target) and not force and not _empty(target):
+        _there(target, False, as_json)
+    with on_terminal():
+        done = exporter.export(source, target, replace=force)
+    if as_json:
+        row = {"output": str(done.path), "exporter": str(exporter), "input_bytes": os.path.getsize(source)}
+        show_json({**row, "bytes": done.nbytes, "tensors": done.tensors})
+    else:
+        kinds = ", ".join(f"{n} x {kind}" for kind, n in Counter(done.tensors.values()).most_common())
+        click.echo(f"{target}: {done.nbytes:,} bytes ({kinds})")
 
 
 @click.command("inspect")
