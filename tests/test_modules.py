@@ -15,7 +15,7 @@ from torch import nn  # noqa: E402
 
 from tersor import model as M  # noqa: E402
 from tersor.api import as_method  # noqa: E402
-from tersor.model import driver  # noqa: E402
+from tersor.model import driver, statistics  # noqa: E402
 
 torch.set_num_threads(1)
 METHODS = sorted((m["name"], m["kind"]) for m in tersor.available(domain="weight") if m["kind"] != "decoder")
@@ -281,12 +281,12 @@ def test_rows_of_a_convolution_times_its_weight_are_its_outputs(dimensions, opti
     x = torch.randn(2, 4, *(6, 7, 5)[:dimensions])
     with torch.no_grad():
         want = conv(x)
-        rows = driver._columns(conv, x)  # batch, group, place
+        rows = statistics.columns(conv, x)  # batch, group, place
         groups = conv.groups
         weight = conv.weight.flatten(1).view(groups, 8 // groups, -1)
         got = torch.einsum("bgpi,goi->bgop", rows.view(2, groups, -1, rows.shape[-1]), weight)
         near(got.reshape(want.shape), want)
-        near(driver._columns(conv, x[0]), rows.view(2, -1, rows.shape[-1])[0])
+        near(statistics.columns(conv, x[0]), rows.view(2, -1, rows.shape[-1])[0])
 
 
 def test_moments_of_attention_outputs_are_those_that_the_layer_gets() -> None:

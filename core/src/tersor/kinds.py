@@ -22,6 +22,7 @@ from tersor.arrays import buffer, cast, dtype_name, is_float, is_torch, to_nativ
 from tersor.domains import DOMAINS, summary
 from tersor.errors import (
     CalibrationError,
+    ConfigError,
     CorruptPayloadError,
     InputError,
     LimitError,
@@ -30,10 +31,14 @@ from tersor.errors import (
     StateError,
     TersorError,
 )
-from tersor.results import Calibration, Codes, Decoded, Mask, Payload, Spec
+from tersor.results import Calibration, Codes, Decoded, Mask, Payload, Spec, Uniform
 
 if TYPE_CHECKING:
+    from tersor.model.statistics import View
     from tersor.stream import Stream
+
+#: What the driver of whole networks can put into a layer's calibration.
+STATISTICS = ("gram", "inputs", "gradients")
 
 
 class Method:
@@ -43,6 +48,11 @@ class Method:
     underscored functions receive and return); ``lossless``; ``bitwise`` (decoding gives the same bytes on every machine);
     ``fitted`` (needs a state); ``calibration`` (``"none"``, ``"optional"``, ``"required"``); ``allow_empty``;
     ``config_version`` (raised whenever a setting's default or meaning changes).
+
+    Of weight methods, for the driver of whole networks: ``wants``, what it puts into each layer's calibration (``"gram"``:
+    X^T X, its count, and the inputs' mean; ``"inputs"``: at most 2,048 rows of them; ``"gradients"``: the mean squared gradient
+    of the loss for each weight); ``studies`` (``"layer"``, ``"block"``, ``"network"``): the largest part that the method looks
+    at before a layer of it is compressed, see :meth:`_study`.
     """
 
     kind: ClassVar[str] = ""
@@ -55,6 +65,8 @@ class Method:
     calibration: ClassVar[str] = "none"
     allow_empty: ClassVar[bool] = False
     config_version: ClassVar[int] = 1
+    wants: ClassVar[tuple[str, ...]] = ("gram",)
+    studies: ClassVar[str] = "layer"
     _origin: ClassVar[Any] = None
     _own_state: dict[str, Any] | None = None
 
@@ -69,6 +81,10 @@ class Method:
             problems.append(f"native={cls.native!r}; allowed: 'torch', 'numpy', 'bytes'")
         if cls.calibration not in ("none", "optional", "required"):
             problems.append(f"calibration={cls.calibration!r}; allowed: 'none', 'optional', 'required'")
+        if any(w not in STATISTICS for w in cls.wants):
+            problems.append(f"wants={cls.wants!r}; allowed: {', '.join(STATISTICS)}")
+        if cls.studies not in ("layer", "block", "network"):
+            problems.append(f"studies={cls.studies!r}; allowed: 'layer', 'block', 'network'")
         if problems:
             raise PluginError(f"method class {cls.__name__}: {'; '.join(problems)}")
 
@@ -202,6 +218,21 @@ class Method:
     def load(self, path: str | Path) -> Self:
         """A copy of the method with the state that :meth:`save` wrote. Raises :class:`tersor.StateError`, OSError."""
         return self.with_state(_load_state(Path(path), self.native))
+
+    # -- networks
+
+    def _study(self, view: View) -> Mapping[str, Mapping[str, Any]]:
+        """What a method finds out about a block or a whole network (``studies``) before the first of its layers is compressed.
+
+        Called with gradients enabled where there is calibration data. Gives for each name in ``view.layers`` (or for some)
+        what ``_quantize`` or ``_encode`` then finds in ``calibration.extra``. It leaves the network as it was.
+        """
+        raise NotImplementedError(f"{type(self).__name__}._study")
+
+    #: ``token_weights(attention, hidden)``, of a method that has it: a weight for each token (batch x tokens) from the block's
+    #: attention probabilities (batch x heads x queries x keys) and its input (batch x tokens x dim). The rows of the calibration
+    #: are multiplied by it.
+    token_weights: ClassVar[Any] = None
 
     # -- layers
 
@@ -473,6 +504,29 @@ class Quantizer(Method):
         from tersor.stream import Stream
 
         return Stream(self, **options)
+
+    def uniform(self, codes: Codes | bytes) -> Uniform | None:
+        """A weight's codes as evenly spaced levels, out x in, or None where the method's values are no such levels.
+
+        Errors as :meth:`dequantize`.
+        """
+        payload = _payload(codes)
+        reader, parts, spec = self._unpack(payload, None)
+        try:
+            return reader._uniform(parts, _folded(spec))  # type: ignore[attr-defined, no-any-return]
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CorruptPayloadError(f"{self.name}: the payload has no levels ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def at_bits(cls, bits: int) -> list[Self]:
+        """The instances that stand for about ``bits`` bits a weight where methods are compared; none where there are none."""
+        try:
+            return [cls.build(bits=bits)]
+        except ConfigError:
+            return []
+
+    def _uniform(self, parts: dict[str, Any], spec: Spec) -> Uniform | None:
+        return None
 
     def _quantize(self, x: Any, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
         raise NotImplementedError(f"{type(self).__name__}._quantize")

@@ -276,12 +276,55 @@ class Source(Protocol):
 
 
 @attrs.frozen(eq=False)
+class Uniform:
+    """A quantized matrix as evenly spaced levels: what inference engines and their kernels load.
+
+    A value is ``(codes - zero) * scale``, scale and zero being those of the group. ``codes``: uint8, out x in, below 2^bits.
+    ``scale``: float32, out x groups. ``zero``: float32, out x groups; None: 2^(bits-1) everywhere (symmetric levels).
+    ``bits``: 1 to 8. ``group_size``: columns in a group, above 0; the last group may be shorter. ``index``: int64, the group of
+    every column, or None where groups are consecutive. All are torch tensors.
+    """
+
+    codes: Any
+    scale: Any
+    zero: Any
+    bits: int
+    group_size: int
+    index: Any = None
+
+    def regrouped(self, group_size: int) -> Uniform:
+        """The same values in smaller groups, which ``group_size`` columns form; ValueError where old groups do not consist of such."""
+        if group_size == self.group_size and self.index is None:
+            return self
+        columns = self.codes.shape[1]
+        if self.index is not None or (self.group_size % group_size and self.group_size < columns):
+            raise ValueError(f"groups of {self.group_size} do not consist of groups of {group_size}")
+        import torch
+
+        place = torch.arange(0, columns, group_size, device=self.codes.device) // self.group_size
+        zero = None if self.zero is None else self.zero[:, place]
+        return Uniform(self.codes, self.scale[:, place], zero, self.bits, group_size)
+
+    def dense(self) -> Any:
+        """The values, float32, out x in."""
+        import torch
+
+        columns = self.codes.shape[1]
+        index = self.index
+        if index is None:
+            index = torch.arange(columns, device=self.codes.device) // self.group_size
+        zero: Any = 2.0 ** (self.bits - 1) if self.zero is None else self.zero[:, index]
+        return (self.codes.float() - zero) * self.scale[:, index]
+
+
+@attrs.frozen(eq=False)
 class Calibration:
     """Data that a weight method is calibrated with.
 
     ``inputs``: float samples x in, the inputs of the layer. ``gram``: their sum of outer products X^T X, float in x in, over
     ``count`` samples, where the samples themselves are not kept. ``gradients``: of the shape of the weight (mean squared
-    gradients, for the methods that ask for them). ``layer``: the name of the layer. ``extra``: whatever else a driver gives.
+    gradients, for the methods that ask for them). ``layer``: the name of the layer. ``extra``: whatever else a driver gives
+    (``mean``: of the inputs), and what the method's own study of the network found.
     """
 
     inputs: Any = None

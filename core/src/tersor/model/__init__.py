@@ -14,12 +14,15 @@ from tersor.model.modules import (
     describe,
     load_layers,
     module,
+    place_layers,
     save_layers,
     skeleton,
 )
+from tersor.model.packed import pack_layers
 from tersor.model.recipe import Recipe
 from tersor.model.reduction import TokenReduction
 from tersor.model.source import TransformersSource
+from tersor.model.statistics import View
 
 if TYPE_CHECKING:
     from tersor.model.cache import KVCache
@@ -31,6 +34,7 @@ __all__ = [
     "Recipe",
     "TokenReduction",
     "TransformersSource",
+    "View",
     "compress_layers",
     "compress_model",
     "describe",
@@ -39,7 +43,9 @@ __all__ = [
     "load_layers",
     "load_model",
     "module",
+    "pack_layers",
     "perplexity",
+    "place_layers",
     "plan_model",
     "quantize",
     "restore_model",

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,12 +26,13 @@ import attrs
 from tersor import container
 from tersor.api import apply_method, as_method, load_payload, payload_of, restore
 from tersor.arrays import buffer
-from tersor.errors import CalibrationError, ConfigError, CorruptPayloadError, FileError, InputError
+from tersor.errors import CalibrationError, ConfigError, CorruptPayloadError, FileError, InputError, PluginError
 from tersor.files import atomic_write
 from tersor.io import _library
 from tersor.jobs import Lost, Pool
 from tersor.model.loading import as_folder, load_model
 from tersor.model.recipe import Recipe
+from tersor.model.statistics import ROWS, View, Wish, call, gather, layers, squared_gradients, thin_layers, transposed
 from tersor.progress import track
 from tersor.results import Calibration, Payload, Spec
 
@@ -52,7 +52,7 @@ class _Target:
     @property
     def folded(self) -> bool:
         """Whether the tensor is a layer's weight, which calibration reaches."""
-        return isinstance(self.module, _layers()) and self.name.endswith("weight")
+        return isinstance(self.module, layers()) and self.name.endswith("weight")
 
     def weight(self) -> Any:
         """The tensor as methods see it: out x in."""
@@ -66,28 +66,6 @@ class _Target:
         value = restore(payload)
         value = value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
         self.weight().copy_(value)
-
-
-def _thin_layers() -> tuple[type, ...]:
-    """Layers that are a matrix product over the last dimension: torch's, and that of transformers' GPT-2."""
-    import torch
-
-    known = sys.modules.get("transformers.pytorch_utils")
-    return (torch.nn.Linear, *([known.Conv1D] if known is not None else []))
-
-
-def _layers() -> tuple[type, ...]:
-    """Layers whose inputs are known as rows that the weight, out x in, is multiplied with."""
-    import torch
-
-    return (*_thin_layers(), torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-
-
-def transposed(module: Any) -> bool:
-    """Whether a layer keeps its weight as in x out (transformers' Conv1D)."""
-    import torch
-
-    return isinstance(module, _thin_layers()) and not isinstance(module, torch.nn.Linear)
 
 
 def find_blocks(model: Any) -> tuple[str, list[Any]]:
@@ -119,8 +97,8 @@ def _targets(model: Any, method: Any, recipe: Recipe) -> list[_Target]:
         elif name.startswith(prefix + "."):
             block = int(name[len(prefix) + 1 :].split(".")[0])
         rule = recipe.match(name) if parameter.ndim >= 2 else None
-        layers = _thin_layers() if prefix else _layers()
-        if rule is None and block >= 0 and isinstance(holder, layers) and name.endswith("weight"):
+        kinds = thin_layers() if prefix else layers()
+        if rule is None and block >= 0 and isinstance(holder, kinds) and name.endswith("weight"):
             rule = ("(default)", method)
         if rule is not None and rule[1] is not None:
             out.append(_Target(name, block, rule[0], rule[1], holder))
@@ -182,7 +160,7 @@ def _first_inputs(model: Any, blocks: list[Any], batches: Iterable[Any]) -> tupl
     try:
         for batch in batches:
             try:
-                _call(model, batch)
+                call(model, batch)
             except _Stop:
                 # where all blocks of the first batch were called alike, the others need not go beyond the first block
                 uniform = not extra
@@ -190,105 +168,6 @@ def _first_inputs(model: Any, blocks: list[Any], batches: Iterable[Any]) -> tupl
         for handle in handles:
             handle.remove()
     return caught, extra
-
-
-def _call(model: Any, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-@attrs.define
-class _Moments:
-    """X^T X of a layer's inputs, their sum, and their number."""
-
-    gram: Any
-    total: Any
-    count: int
-
-    def add(self, other: _Moments) -> None:
-        self.gram.add_(other.gram)
-        self.total.add_(other.total)
-        self.count += other.count
-
-    def calibration(self, layer: str) -> Calibration:
-        return Calibration(gram=self.gram, count=self.count, layer=layer, extra={"mean": self.total / max(self.count, 1)})
-
-
-def _moments(module: Any, x: Any) -> _Moments:
-    flat = _columns(module, x)
-    return _Moments(flat.T @ flat, flat.sum(0), int(flat.shape[0]))
-
-
-def _grams(model: Any, modules: Mapping[str, Any], run: Callable[[], None]) -> dict[str, _Moments]:
-    """For each layer the moments of all inputs that it sees while ``run`` runs."""
-    import torch
-
-    found: dict[int, _Moments] = {}
-    last: list[Any] = []  # the latest input, its version, and its moments
-    wanted = {id(m) for m in modules.values()}
-    handles = []
-
-    def add(module: Any, new: _Moments, shared: bool) -> None:
-        if id(module) in found:
-            found[id(module)].add(new)
-        else:
-            found[id(module)] = _Moments(new.gram.clone(), new.total.clone(), new.count) if shared else new
-
-    def hook(module: Any, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        thin = isinstance(module, _thin_layers())
-        # linear layers that share an input (query, key, value) share its moments, unless it was changed in between
-        if thin and last and last[0] is x and last[1] == x._version:
-            new = last[2]
-        else:
-            new = _moments(module, x)
-            last[:] = [x, x._version, new] if thin else []
-        add(module, new, thin)
-
-    def attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # torch's attention never calls its output layer: with the identity in its place it gives that layer's inputs
-        output = module.out_proj
-        width = output.in_features
-        module._modules["out_proj"] = same = torch.nn.Linear(width, width, bias=False, device="meta")
-        same.weight = torch.nn.Parameter(torch.eye(width, dtype=output.weight.dtype, device=output.weight.device))
-        try:
-            add(output, _moments(output, module.forward(*args, **kwargs)[0]), False)
-        finally:
-            module._modules["out_proj"] = output
-
-    for module in modules.values():
-        handles.append(module.register_forward_pre_hook(hook))
-    for module in model.modules():
-        if isinstance(module, torch.nn.MultiheadAttention) and id(module.out_proj) in wanted:
-            handles.append(module.register_forward_pre_hook(attention, with_kwargs=True))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: found[id(m)] for name, m in modules.items() if id(m) in found}
-
-
-def _columns(module: Any, x: Any) -> Any:
-    """The inputs of a layer as the rows that its weight, out x in, is multiplied with.
-
-    A convolution's rows are its patches, padded as it pads. With groups every group has patches of its own and all filters the
-    same width, so the rows of all groups come one after another: what is gathered is the sum of the groups' X^T X.
-    """
-    import torch
-
-    if not isinstance(module, torch.nn.modules.conv._ConvNd):
-        return x.reshape(-1, x.shape[-1]).float()
-    dimensions = len(module.kernel_size)
-    x = x if x.ndim == dimensions + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    if any(module._reversed_padding_repeated_twice):
-        x = torch.nn.functional.pad(x.float(), module._reversed_padding_repeated_twice, mode=mode)
-    for i, (size, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
-        x = x.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    batch, channels, *places = x.shape[: 2 + dimensions]
-    x = x.reshape(batch, module.groups, channels // module.groups, *places, *module.kernel_size)
-    moved = [0, 1, *range(3, 3 + dimensions), 2, *range(3 + dimensions, 3 + 2 * dimensions)]
-    return x.permute(moved).reshape(-1, module.weight[0].numel()).float()
 
 
 def _one(method: Any, weight: Any, calibration: Calibration | None) -> Payload:
@@ -374,15 +253,22 @@ def _compress_blocks(
     by_block: dict[int, list[_Target]] = {}
     for t in targets:
         by_block.setdefault(t.block, []).append(t)
+    known = _survey(model, targets, batches, done) if calibrated else {}
 
     def compress(
-        mine: list[_Target], ready: dict[str, Payload | None], grams: dict[str, _Moments]
+        mine: list[_Target], ready: dict[str, Payload | None], seen: dict[str, Any]
     ) -> Iterator[tuple[_Target, Payload]]:
-        calls = [
-            (t.method, t.weight(), grams.pop(t.name).calibration(t.name) if t.name in grams else None)
-            for t in mine
-            if ready[t.name] is None
-        ]
+        def calibration(t: _Target) -> Calibration | None:
+            found, told = seen.pop(t.name, None), known.pop(t.name, None)
+            if found is None and told is None:
+                return None
+            out = Calibration(layer=t.name) if found is None else found.calibration(t.name)
+            told = told or {}
+            gradients: Any = told.get("gradients")
+            turned = gradients is not None and t.folded and transposed(t.module)
+            return attrs.evolve(out, gradients=gradients.T if turned else gradients, extra={**out.extra, **told.get("extra", {})})
+
+        calls = [(t.method, t.weight(), calibration(t)) for t in mine if ready[t.name] is None]
         found = _each(calls, jobs)
         for t in mine:
             payload = ready.pop(t.name)
@@ -402,22 +288,8 @@ def _compress_blocks(
         states, others = _first_inputs(model, blocks, batches) if calibrated and not whole else ([], {})
         for number in track(range(len(blocks)), "blocks"):
             mine = by_block.get(number, [])
-            last = number == len(blocks) - 1
-            hidden: list[Any] = []
-
             if number in others:  # masks or positions of its own
                 states = [(args, own) for (args, _), own in zip(states, others[number])]
-
-            def run(number: int = number, hidden: list[Any] = hidden, inputs: Any = tuple(states)) -> None:
-                if whole:
-                    for batch in batches:
-                        _call(model, batch)
-                    return
-                hidden.clear()
-                block = model.get_submodule(f"{prefix}.{number}")  # which may have been replaced
-                for args, kwargs in inputs:
-                    out = block(*args, **kwargs)
-                    hidden.append(out[0] if isinstance(out, tuple) else out)
 
             ready = {t.name: done(t.name) for t in mine}
             todo = [t for t in mine if t.method.calibration != "none" and ready[t.name] is None]
@@ -427,11 +299,77 @@ def _compress_blocks(
                     raise CalibrationError(
                         f"{t.name} belongs to a {kind}; calibration reaches linear and convolution layers only"
                     )
-            wants = {t.name: t.module for t in todo if t.folded}
-            yield from compress(mine, ready, _grams(model, wants, run) if calibrated and wants else {})
-            if calibrated and not last and not whole:
-                run()
-                states = [((h, *args[1:]), kwargs) for h, (args, kwargs) in zip(hidden, states)]
+            todo = [t for t in todo if t.folded] if calibrated else []
+            block = model if whole else model.get_submodule(f"{prefix}.{number}")  # which may have been replaced
+            inputs = batches if whole else states
+            for name, extra in _studied("block", todo, block, inputs, not whole).items():
+                known.setdefault(name, {}).setdefault("extra", {}).update(extra)
+            seen = {}
+            if wishes := _wishes(todo, len(batches)):
+
+                def runs(block: Any = block, inputs: Any = inputs, whole: bool = whole) -> Iterator[Any]:
+                    for x in inputs:
+                        yield call(block, x) if whole else block(*x[0], **x[1])
+
+                seen = gather(block, wishes, runs, model)
+            yield from compress(mine, ready, seen)
+            if calibrated and number < len(blocks) - 1 and not whole:
+                block = model.get_submodule(f"{prefix}.{number}")
+                for i, (args, kwargs) in enumerate(states):
+                    out = block(*args, **kwargs)
+                    states[i] = ((out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
+
+
+def _wishes(targets: list[_Target], batches: int) -> dict[str, Wish]:
+    """What the methods of these targets want of their layers' inputs."""
+    out = {}
+    for t in targets:
+        m = t.method
+        gram, rows = "gram" in m.wants, -(-ROWS // max(batches, 1)) if "inputs" in m.wants else 0
+        if gram or rows:
+            out[t.name] = Wish(t.module, gram, rows, m.token_weights)
+    return out
+
+
+def _studied(scope: str, targets: list[_Target], module: Any, inputs: list[Any], block: bool) -> dict[str, Mapping[str, Any]]:
+    """What the methods that study this scope find out about it: layer names to their extras."""
+    import torch
+
+    by_method: dict[Any, list[_Target]] = {}
+    for t in targets:
+        if t.method.studies == scope:
+            by_method.setdefault(t.method, []).append(t)
+    out: dict[str, Mapping[str, Any]] = {}
+    for method, mine in by_method.items():
+        with torch.enable_grad():
+            found = method._study(View(module, {t.name: t.module for t in mine}, inputs, block))
+        strange = set(found) - {t.name for t in mine}
+        if strange:
+            raise PluginError(f"{method.name} studied {sorted(strange)[0]!r}, which is none of its layers")
+        out.update(found)
+    return out
+
+
+def _survey(
+    model: Any, targets: list[_Target], batches: list[Any], done: Callable[[str], Payload | None]
+) -> dict[str, dict[str, Any]]:
+    """What is known of layers before the first of them is compressed: gradients, and what methods find out about the network.
+
+    Nothing is done for methods whose layers are all done already.
+    """
+    reached = [t for t in targets if t.folded and t.block >= 0 and t.method.calibration != "none"]
+    open_ = {
+        id(t.method) for t in reached if ("gradients" in t.method.wants or t.method.studies == "network") and not done(t.name)
+    }
+    reached = [t for t in reached if id(t.method) in open_]
+    out: dict[str, dict[str, Any]] = {}
+    wanted = {t.name: t.module.weight for t in reached if "gradients" in t.method.wants}
+    if wanted:
+        for name, value in squared_gradients(model, wanted, batches).items():
+            out[name] = {"gradients": value}
+    for name, extra in _studied("network", reached, model, batches, False).items():
+        out.setdefault(name, {})["extra"] = dict(extra)
+    return out
 
 
 def quantize(model: Any, method: Any, batches: Any = None, recipe: Any = None, jobs: int = 1) -> dict[str, Payload]:

@@ -25,8 +25,9 @@ from tersor.arrays import SIZES, buffer, to_torch
 from tersor.domains import DOMAINS
 from tersor.errors import CorruptPayloadError, InputError, LimitError
 from tersor.files import atomic_write
-from tersor.model.driver import _need_batches, _Target, _targets, _walk, transposed
+from tersor.model.driver import _need_batches, _Target, _targets, _walk
 from tersor.model.recipe import Recipe
+from tersor.model.statistics import transposed
 from tersor.results import Payload, Spec
 
 _KEY = "tersor"  # of the description in a file's metadata
@@ -91,6 +92,20 @@ class CompressedLayer:
 
     _plain: type
     _names: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own; of one with a kernel (:func:`tersor.model.pack_layers`) the kernel's, for a few rows."""
+        kernel = self.__dict__.get("_kernel")
+        if kernel is not None and len(args) == 1 and not kwargs:
+            from tersor.model.packed import ROWS
+
+            x = args[0]
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            if 0 < x.numel() <= ROWS * x.shape[-1] and not wanted and x.device.type == "cpu":
+                out = kernel(x.reshape(-1, x.shape[-1])).to(x.dtype)
+                bias = self._parameters["bias"]  # type: ignore[attr-defined]
+                return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self._plain, self._names), self.__dict__
@@ -212,6 +227,24 @@ def _share(first: torch.nn.Module, other: torch.nn.Module) -> None:
         path, _, leaf = name.rpartition(".")
         if leaf != "bias":
             other.get_submodule(path)._parameters[leaf] = parameter
+
+
+def place_layers(model: Any, payloads: Mapping[str, Payload]) -> Any:
+    """Put compressed weights into a network: names of tensors to payloads, such as :func:`tersor.model.quantize` returns.
+
+    ``model`` is changed in place and returned. Raises :class:`tersor.InputError` for a name or a shape that is not the network's.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, payload in payloads.items():
+        if name not in parameters:
+            raise InputError(f"the network has no tensor {name!r}; it has {', '.join(list(parameters)[:4])}, ...")
+        layer = model.get_submodule(name.rpartition(".")[0])
+        shape = tuple(parameters[name].shape)
+        shape = shape[::-1] if name.endswith("weight") and transposed(layer) else shape
+        if tuple(payload.spec.shape) not in (shape, ()):
+            raise InputError(f"a payload of shape {payload.spec.shape} for {name!r}, which has shape {shape}")
+        _place(model, name, payload)
+    return model
 
 
 def compress_layers(model: Any, method: Any, batches: Any = None, recipe: Any = None, jobs: int = 1) -> dict[str, Payload]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from tersor.api import as_method
 from tersor.errors import ConfigError, InputError
 from tersor.model.driver import find_blocks
+from tersor.model.statistics import additive_mask
 from tersor.results import Calibration
 from tersor.tokens import Kept, TokenPruner
 
@@ -120,7 +121,7 @@ class TokenReduction:
                 self._narrow(given)
             if self.pruner.attends(number, len(self.blocks)):
                 self.model.config._attn_implementation = "eager"
-                given["attention_mask"] = self._additive(block, hidden, given.get("attention_mask"))
+                given["attention_mask"] = additive_mask(block, hidden, given.get("attention_mask"))
             return self._arguments(given, hidden, names)
 
         return hook
@@ -183,18 +184,6 @@ class TokenReduction:
                 value = value.expand(where.shape[0], *value.shape[1:])
                 value = value.gather(2, rows[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
                 given[key] = value.gather(3, rows[:, None, None, :].expand(-1, value.shape[1], value.shape[2], -1))
-
-    @staticmethod
-    def _additive(block: Any, hidden: Any, mask: Any) -> Any:
-        """The mask as eager attention takes it: added to the logits."""
-        import torch
-
-        lowest = torch.finfo(hidden.dtype).min
-        if mask is None:
-            if not any(getattr(m, "is_causal", False) for m in block.modules()):
-                return None
-            return torch.full((1, 1, hidden.shape[1], hidden.shape[1]), lowest, dtype=hidden.dtype).triu_(1)
-        return torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill_(~mask, lowest) if mask.dtype == torch.bool else mask
 
     def _after(self, number: int) -> Any:
         def hook(block: Any, args: tuple[Any, ...], out: Any) -> Any:

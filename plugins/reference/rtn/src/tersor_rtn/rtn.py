@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tersor import Calibration, ConfigError, Quantizer, Spec, between, field, method
+from tersor import Calibration, ConfigError, Quantizer, Spec, Uniform, between, field, method
 from tersor_kit_weight_quant import CLIP_RATIOS, fit_grid, load, store
 
 
@@ -55,6 +55,12 @@ class RTN(Quantizer):
         x = _rows(x, spec)
         grid = fit_grid(x, self.bits, self.group_size, self.sym, CLIP_RATIOS if self.clip else ())
         return store(grid, grid.quantize(x))
+
+    def _uniform(self, parts: dict[str, Any], spec: Spec) -> Uniform | None:
+        if spec.domain != "weight":
+            return None
+        grid, codes = load(parts, spec.shape, self.bits, self.group_size, self.sym)  # type: ignore[arg-type]
+        return grid.uniform(codes)
 
     def _dequantize(self, parts: dict[str, Any], spec: Spec) -> torch.Tensor:
         rows = _rows(torch.empty(spec.shape, device="meta"), spec).shape

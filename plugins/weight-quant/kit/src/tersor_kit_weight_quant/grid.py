@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor import Uniform
 from tersor_kit_weight_quant.packing import pack, unpack
 
 #: Fractions of the min/max range that a clip search tries, the full range first.
@@ -73,6 +74,11 @@ class Grid:
                     value.clamp_(-limit, limit)
                 out[rows, columns].unflatten(1, shape).copy_(value)
         return out
+
+    def uniform(self, codes: Tensor) -> Uniform:
+        """The same levels as the form that exporters and kernels take; ``codes``: uint8, rows x columns."""
+        scale = self.scale.float() * math.ldexp(1.0, self.exponent)
+        return Uniform(codes, scale, None if self.zero is None else self.zero.float(), self.bits, self.group_size, self.index)
 
     def _zero(self) -> Tensor:
         if self.zero is not None:
