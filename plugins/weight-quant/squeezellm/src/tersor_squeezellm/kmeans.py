@@ -33,7 +33,7 @@ def kmeans(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
 
 
 def _some(x: Tensor, weight: Tensor, clusters: int, cells: int) -> Tensor:
-    x, order = x.sort(1)
+    x, order = x.contiguous().sort(1)
     weight = weight.gather(1, order).double()
     total = weight.sum(1, keepdim=True)
     weight = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 1 / x.shape[1])

@@ -128,7 +128,7 @@ class SqueezeLLM(Quantizer):
         out[at, column] = value.float()
         if not bool(torch.isfinite(out).all()):
             raise ValueError("codebooks or values that are not finite")
-        limit = torch.finfo(getattr(torch, spec.dtype)).max
+        limit = min(torch.finfo(getattr(torch, spec.dtype)).max, torch.finfo(torch.float32).max)
         return out.mul_(math.ldexp(1.0, exponent)).clamp_(-limit, limit)
 
 
