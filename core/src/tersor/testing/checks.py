@@ -22,9 +22,9 @@ from tersor import config, container, registry
 from tersor.api import apply_method, decompress, restore
 from tersor.arrays import SIZES, buffer, to_numpy
 from tersor.domains import DOMAINS, summary, unwrap
-from tersor.errors import ConfigError, InputError, TersorError
+from tersor.errors import CalibrationError, ConfigError, InputError, TersorError
 from tersor.progress import track
-from tersor.results import Payload
+from tersor.results import Calibration, Payload
 from tersor.testing import strategies
 from tersor.testing.source import TableSource, greedy_tokens
 from tersor.tokens import TokenPruner
@@ -327,6 +327,119 @@ def _empty_input(m: Any, _: _Context) -> None:
         back = _reread(m, payload.to_bytes())
         if not _same(x, back):
             raise Failure(f"{summary(x)} is taken and comes back as {summary(unwrap(back)[0])}")
+
+
+@_check("codec", "quantizer")
+def _weights(m: Any, _: _Context) -> None:
+    """Weights that are awkward but sound: constant rows, one row, one column, 16-bit floats, widths that no group divides."""
+    if "weight" not in m.domains:
+        raise Skip("it does not take weights")
+    rng = np.random.default_rng(3)
+    constant = rng.standard_normal((6, 21)).astype(np.float32)
+    constant[1], constant[2], constant[3] = 0.0, 0.7, -2.0
+    awkward: dict[str, Any] = {
+        "rows that are constant": constant,
+        "one row": constant[:1] + rng.standard_normal((1, 21)).astype(np.float32),
+        "one column": constant[:, :1] + 0.1,
+        "a width of a prime": rng.standard_normal((4, 131)).astype(np.float32),
+        "subnormal and large magnitudes": np.geomspace(1e-38, 1e4, 80).astype(np.float32).reshape(4, 20),
+        "float16": constant.astype(np.float16),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        awkward["bfloat16"] = torch.from_numpy(constant).bfloat16()
+    for what, x in awkward.items():
+        back = restore(_taken(m, x, calibration_for(m, x), what))
+        if str(back.dtype).removeprefix("torch.") != str(x.dtype).removeprefix("torch.") or tuple(back.shape) != tuple(x.shape):
+            raise Failure(f"{what}: {summary(x)} comes back as {summary(back)}")
+        if not np.isfinite(to_numpy(back.float() if torch is not None and isinstance(back, torch.Tensor) else back)).all():
+            raise Failure(f"{what}: comes back with NaN or infinity")
+
+
+def _taken(m: Any, x: Any, calibration: Any, what: str) -> Payload:
+    """The payload of sound data, which no method may refuse."""
+    try:
+        return apply_method(m, x, calibration)
+    except Exception as error:
+        raise Failure(f"{what}: refused ({type(error).__name__}: {error})") from error
+
+
+@_check("codec", "quantizer")
+def _calibration_data(m: Any, _: _Context) -> None:
+    """Calibration that is singular, empty, of another width or not finite: a sound result or a CalibrationError."""
+    if "weight" not in m.domains or m.calibration == "none":
+        raise Skip("it takes no calibration data")
+    import warnings
+
+    rng = np.random.default_rng(4)
+    w = rng.standard_normal((6, 21)).astype(np.float32)
+    inputs = rng.standard_normal((40, 21)).astype(np.float32)
+    dead = inputs.copy()
+    dead[:, [0, 7, 20]] = 0
+    twins = np.concatenate([inputs[:, :7]] * 3, 1)
+    line = rng.standard_normal(21).astype(np.float32)
+    poor: dict[str, Any] = {
+        "inputs of zeros": Calibration(inputs=inputs * 0),
+        "a gram of zeros": Calibration(gram=np.zeros((21, 21), np.float32), count=40),
+        "a gram of rank one": Calibration(gram=np.outer(line, line), count=1),
+        "one sample": Calibration(inputs=inputs[:1]),
+        "columns that were never active": Calibration(inputs=dead),
+        "columns that are the same": Calibration(inputs=twins),
+        "a gram of large numbers": Calibration(gram=(inputs.T @ inputs) * 1e12, count=40),
+        "a gram of small numbers": Calibration(gram=(inputs.T @ inputs) * 1e-12, count=40),
+        "both": Calibration(inputs=inputs, gram=inputs.T @ inputs, count=40),
+    }
+    wrong: dict[str, Any] = {
+        "no samples": np.zeros((0, 21), np.float32),
+        "inputs of another width": inputs[:, :20],
+        "inputs with NaN": np.where(inputs == inputs[3, 3], np.nan, inputs),
+        "inputs with infinity": np.where(inputs == inputs[3, 3], np.inf, inputs),
+        "a gram of another width": Calibration(gram=np.eye(20, dtype=np.float32), count=40),
+        "a gram with NaN": Calibration(gram=np.full((21, 21), np.nan, np.float32), count=40),
+        "text": "calibration",
+    }
+    if m.calibration == "required":
+        wrong |= {"nothing": None, "a calibration without data": Calibration()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a Hessian is singular may be said
+        for what, calibration in poor.items():
+            try:
+                back = restore(apply_method(m, w, calibration))
+            except CalibrationError:
+                continue
+            except Exception as error:
+                raise Failure(f"{what} gives {type(error).__name__}: {error}; a result or a CalibrationError is due") from error
+            if not np.isfinite(to_numpy(back)).all():
+                raise Failure(f"{what} gives NaN or infinity")
+        for what, calibration in wrong.items():
+            try:
+                apply_method(m, w, calibration)
+            except (CalibrationError, InputError):
+                continue
+            except Exception as error:
+                raise Failure(f"{what} as calibration gives {type(error).__name__}: {error}; CalibrationError is due") from error
+            raise Failure(f"{what} is taken as calibration; CalibrationError was due")
+
+
+@_check("quantizer")
+def _levels(m: Any, _: _Context) -> None:
+    """What a quantizer gives as evenly spaced levels are its values."""
+    if "weight" not in m.domains:
+        raise Skip("it does not take weights")
+    rng = np.random.default_rng(5)
+    shown = False
+    for shape in ((8, 32), (5, 21)):
+        w = rng.standard_normal(shape).astype(np.float32)
+        codes = apply_method(m, w, calibration_for(m, w))
+        uniform = m.uniform(codes)
+        if uniform is None:
+            continue
+        shown = True
+        want, got = to_numpy(restore(codes)), to_numpy(uniform.dense())
+        if got.shape != want.shape or not np.allclose(got, want, rtol=1e-5, atol=1e-6 * float(np.abs(want).max(initial=0))):
+            raise Failure(f"its levels (uniform) are not its values: they differ by up to {np.abs(got - want).max():g}")
+    if not shown:
+        raise Skip("its values are no evenly spaced levels")
 
 
 @_check(*_DATA)
