@@ -76,7 +76,7 @@ def mahalanobis_seeds(vectors: Tensor, entries: int, known: Tensor | None = None
     # a group whose vectors lie in a subspace has no inverse: a little of its mean variance is added
     spread += (spread.diagonal(dim1=1, dim2=2).mean(1) * 1e-4 + 1e-30)[:, None, None] * torch.eye(dim, device=vectors.device)
     distance = (torch.linalg.solve(spread, centred) * centred).sum(1)
-    order = distance.masked_fill_(~known, torch.inf).argsort(1, stable=True)
+    order = distance.masked_fill_(~known, torch.inf).argsort(stable=True, dim=1)
     at = (torch.linspace(0, 1, entries, device=vectors.device) * (count - 1)[:, None]).round().long()
     chosen = order.gather(1, at)
     return vectors.gather(2, chosen[:, None].expand(-1, dim, -1)).transpose(1, 2).contiguous()
