@@ -187,6 +187,17 @@ def test_layer_is_the_product_of_rounded_activations(bits: int, size: int) -> No
     assert int(mask.sum()) == 7
 
 
+def test_levels_for_engines_are_the_values() -> None:
+    w, x = layer(20, 30)
+    method = tersor.quantizer("mixllm", bits=3, group_size=8, high=0.3)
+    payload = method.quantize(w, x)
+    levels = method.uniform(payload)
+    group = torch.arange(30) // 8
+    values = (levels.codes - levels.zero[:, group]) * levels.scale[:, group]
+    assert levels.bits == 8
+    assert torch.allclose(values, method.dequantize(payload), atol=1e-6)
+
+
 def test_eight_low_bits_are_decoded_and_multiplied_as_floats() -> None:
     w, x = layer(10, 30)
     method = tersor.quantizer("mixllm", bits=8, group_size=8)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from tersor import Calibration, CalibrationError, ConfigError, Quantizer, Spec, between, field, method, one_of
+from tersor import Calibration, CalibrationError, ConfigError, Quantizer, Spec, Uniform, between, field, method, one_of
 from tersor_kit_weight_quant import (
     Grid,
     exponent_of,
@@ -122,7 +122,12 @@ class MixLLM(Quantizer):
                 weight.requires_grad_(True)
                 handles.append(weight.register_post_accumulate_grad_hook(add))
             for i in range(len(view)):
-                view.loss(i).backward()
+                loss = view.loss(i)
+                if not bool(torch.isfinite(loss)):
+                    raise CalibrationError(
+                        f"mixllm: the network's loss on calibration batch {i} is {float(loss):g}; allowed: a number"
+                    )
+                loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
@@ -263,6 +268,19 @@ class MixLLM(Quantizer):
         for mask, grid, codes in self._load(parts, spec):
             out[mask] = grid.dequantize(codes, out.dtype)
         return out
+
+    def _uniform(self, parts: dict[str, Any], spec: Spec) -> Uniform | None:
+        """Levels of ``high_bits`` bits, of which rows of ``bits`` bits use the lowest."""
+        size = self._size(spec.shape[1])
+        codes = torch.empty(spec.shape, dtype=torch.uint8)
+        scale = torch.empty(spec.shape[0], group_count(spec.shape[1], size))
+        zero = torch.full(scale.shape, 2.0 ** (self.high_bits - 1))
+        for mask, grid, levels in self._load(parts, spec):
+            part = grid.uniform(levels)
+            codes[mask], scale[mask] = part.codes, part.scale
+            if part.zero is not None:
+                zero[mask] = part.zero
+        return Uniform(codes, scale, zero, self.high_bits, size)
 
     def _module(self, parts: dict[str, Any], spec: Spec, bias: Tensor | None, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, nn.Linear) or self.bits > 7:  # 8-bit codes without their zero point are no int8

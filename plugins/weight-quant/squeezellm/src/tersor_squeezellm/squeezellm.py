@@ -34,8 +34,8 @@ class SqueezeLLM(Quantizer):
     Stored: codes at ``bits`` bits; codebooks in float16, for each row, or for each run of ``group_size`` columns of it; S as in
     compressed sparse rows: how many in each row, their columns in as few bits as the width needs, and values in float16.
 
-    Raises :class:`tersor.ConfigError` for a group size of 0 or below -1 or fractions that leave nothing dense,
-    :class:`tersor.InputError` for NaN and infinity in the weights, :class:`tersor.CalibrationError` for calibration data that is
+    Raises :class:`tersor.ConfigError` for a group size of 0 or below -1 or fractions outside 0 to 0.5,
+    :class:`tersor.InputError` for NaN and infinity in the weights and gradients, :class:`tersor.CalibrationError` for calibration data that is
     missing, of another shape, all zero, negative or not finite.
     """
 
