@@ -13,7 +13,7 @@ import tersor
 from tersor import Calibration
 from tersor.model import compress_layers, load_layers, place_layers, quantize, save_layers
 from tersor.testing import assert_conforms
-from tersor_flatquant.learn import Block, Heads, first_scale
+from tersor_flatquant.learn import Block, Heads, _Cache, first_scale
 from tersor_flatquant.rounding import asymmetric, clip_of, row_clips, symmetric
 from tersor_flatquant.transforms import Affine, Invertible, factors, kronecker
 from tersor_kit_weight_quant import CLIP_RATIOS, unpack
@@ -209,27 +209,50 @@ def test_study_leaves_the_block_as_it_was_even_when_it_fails() -> None:
     assert torch.equal(model(ids[0]).logits, want)
 
 
-def test_network_with_its_layers_is_what_training_saw_and_better_than_rotations() -> None:
+def test_network_with_its_layers_and_cache_is_what_training_saw() -> None:
     from tersor_flatquant.cache import FlatCache
 
-    model, train, test = llama(), tokens(8), tokens(12)[8:]
+    model, train, test = llama(), tokens(8), tokens(9)[8]
+    linear = {f"model.layers.0.{n}.weight": m for n, m in model.model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    method = tersor.quantizer("flatquant", steps=40)
+    errors = []
+    for steps in (0, 40):
+        block = Block(method, linear, {}, [lambda cache, ids=ids: run(model, ids, cache) for ids in train])
+        block.train(steps)
+        with torch.no_grad():
+            block._begin()
+            block._replace()
+            cache = _Cache(block._quantize_cache)
+            errors.append(sum(float((c(cache) - t).square().mean()) for c, t in zip(block.calls, block.targets, strict=True)))
+            block.seen = None
+            wanted = block.calls[0](cache)
+        for module in linear.values():
+            del module.__dict__["forward"]
+    assert errors[1] < 0.97 * errors[0], errors
+    # the network with the layers and the cache of the files gives the same
+    compress_layers(model, method, train)
     with torch.no_grad():
-        want = [model(ids).logits for ids in test]
-        errors = {}
-        for words in ({"steps": 60}, {"transform": "hadamard"}, {"transform": "none"}):
-            method = tersor.quantizer("flatquant", bits=4, **words)
-            small = copy.deepcopy(model)
-            compress_layers(small, method, train)
-            out = [small(ids, past_key_values=FlatCache(small)).logits for ids in test]
-            errors[str(method)] = sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(out, want, strict=True))
-            plain = [small(ids).logits for ids in test]
-            assert not torch.equal(plain[0], out[0])  # the cache rounds
-        first, *others = errors.values()
-        assert first < 0.9 * min(others), errors
+        found = run(model, train[0], FlatCache(model))
+        plain = run(model, train[0], None)
+        off, rounding = (float((found - x).square().mean()) for x in (wanted, plain))
+        # float16 factors move a few weights and inputs to the next level
+        assert off < 0.5 * rounding
+        assert off < 0.3 * float((wanted - block.targets[0]).square().mean())
         # token by token through the cache: the same as all at once
-        cache = FlatCache(small)
-        steps = torch.cat([small(test[0][:, i : i + 1], past_key_values=cache).logits for i in range(test[0].shape[1])], 1)
-        assert float((steps - out[0]).square().mean() / out[0].square().mean()) < 1e-3
+        whole, cache = model(test, past_key_values=FlatCache(model)).logits, FlatCache(model)
+        steps = torch.cat([model(test[:, i : i + 1], past_key_values=cache).logits for i in range(test.shape[1])], 1)
+        assert float((steps - whole).square().mean() / whole.square().mean()) < 1e-3
+
+
+def run(model, ids: torch.Tensor, cache) -> torch.Tensor:
+    """What the first block of a network gives, with a cache of its own or none."""
+    block, seen = model.model.layers[0], []
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    args, kwargs = seen[0]
+    return block(*args, **{**kwargs, "past_key_values": cache})
 
 
 def test_layers_save_and_load_and_weights_decode_alike(tmp_path) -> None:

@@ -38,7 +38,8 @@ class Layer(nn.Module):
     def start(self, seen: Tensor) -> None:
         """Thresholds of the least squared error. ``seen``: some of the layer's inputs, rows x in."""
         self.rows = nn.Parameter(logit(row_clips(self.turned(), self.bits)))
-        self.act = nn.Parameter(logit(clip_of(self.transform(seen), self.act_bits) if self.act_bits < 16 else 1.0))
+        ratio = clip_of(self.transform(seen), self.act_bits) if self.act_bits < 16 else 1.0
+        self.act = nn.Parameter(logit(ratio).to(seen.device))
 
     def turned(self) -> Tensor:
         """The weight in the space of the transforms."""
@@ -67,18 +68,20 @@ class Heads(nn.Module):
         self.width, self.bits = width, bits
         self.learned = Invertible(width, generator) if kind == "learned" else None
         self.fixed = Fixed(width, kind, seed)
+        self.clip = nn.Parameter(logit([1.0, 1.0]))
 
     def begin(self) -> None:
         """Compute the matrix and its transposed inverse, once for each step."""
         if self.learned is not None:
             self.now = self.learned()
         else:
-            self.now = (self.fixed(torch.eye(self.width)),) * 2
+            self.now = (self.fixed(torch.eye(self.width, device=self.clip.device)),) * 2
 
     def start(self, seen: Tensor) -> None:
         """Thresholds of the least squared error. ``seen``: keys or values, ... x dim."""
+        self.to(seen.device)
         self.begin()
-        self.clip = nn.Parameter(logit([clip_of(seen @ self.now[0].detach(), self.bits, True)] * 2))
+        self.clip.data.fill_(float(logit(clip_of(seen @ self.now[0].detach(), self.bits, True))))
 
     @staticmethod
     def fuse(w: Tensor, matrix: Tensor) -> Tensor:
@@ -178,6 +181,7 @@ class Block:
                 else:
                     sides = [Invertible(n, self.generator) for n in factors(seen.shape[1])]
                     transform = Affine(*sides, first_scale(list(weights.values()), seen))
+            transform.to(seen.device)
             transform.begin()
             self.groups.append(transform)
             for n in names:

@@ -67,7 +67,7 @@ def row_clips(w: Tensor, bits: int) -> Tensor:
 
 def _row_clips(w: Tensor, bits: int) -> Tensor:
     errors = [(symmetric(w, bits, ratio) - w).square_().sum(1) for ratio in CLIP_RATIOS]
-    return torch.tensor(CLIP_RATIOS)[torch.stack(errors).argmin(0)][:, None]
+    return torch.tensor(CLIP_RATIOS, device=w.device)[torch.stack(errors).argmin(0)][:, None]
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Invertible(nn.Module):
         """P and its transposed inverse."""
         lower = self.skew.tril(-1)
         skew = lower - lower.mT
-        eye = torch.eye(skew.shape[-1])
+        eye = torch.eye(skew.shape[-1], device=skew.device)
         u, v = torch.linalg.solve(eye + skew, eye - skew)
         u = u @ self.start
         return (u * self.scale.exp()) @ v.T, (u * (-self.scale).exp()) @ v.T
