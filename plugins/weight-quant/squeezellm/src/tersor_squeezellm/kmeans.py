@@ -18,7 +18,7 @@ from torch import Tensor
 #: Cells of the coarse grid for each cluster; and the most clusters for which dynamic programming is done.
 CELLS, MOST = 6, 32
 _ITERATIONS = 50  # of Lloyd's algorithm, at most, as in the authors' code
-_CHUNK = 1 << 18  # gains worked on at a time: they stay in the cache
+_CHUNK = 1 << 20  # gains worked on at a time
 
 
 def kmeans(x: Tensor, weight: Tensor, clusters: int) -> Tensor:
@@ -69,8 +69,9 @@ def _dynamic(mass: Tensor, moment: Tensor, grid: Tensor, clusters: int) -> Tenso
     gain = (moment[:, :, None] - moment[:, None, :]).square_().div_(inside.clamp_(min=1e-7))
     gain.masked_fill_(torch.ones(gain.shape[1:], dtype=torch.bool, device=gain.device).triu_(1), -torch.inf)
     best = [gain[:, :, 0]]  # of one cluster that ends at each boundary; then of two, and so on
+    total = torch.empty_like(gain)
     for _ in range(clusters - 1):
-        best.append((gain + best[-1][:, None, :]).amax(2))
+        best.append(torch.add(gain, best[-1][:, None, :], out=total).amax(2))
     rows = torch.arange(len(grid), device=grid.device)
     ends = [torch.full_like(rows, grid.shape[1] - 1)]
     for earlier in reversed(best[:-1]):
