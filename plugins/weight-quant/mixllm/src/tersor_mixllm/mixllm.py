@@ -13,9 +13,7 @@ from tersor import Calibration, CalibrationError, ConfigError, Quantizer, Spec, 
 from tersor_kit_weight_quant import (
     Grid,
     exponent_of,
-    feedback,
     fit_grid,
-    fit_scale,
     gram,
     group_count,
     load,
@@ -26,12 +24,10 @@ from tersor_kit_weight_quant import (
     unpack,
 )
 from tersor_mixllm.layer import MixedLinear
+from tersor_mixllm.rounding import gptq, group_order
 
 if TYPE_CHECKING:
     from tersor.model.statistics import View
-
-#: Fractions of a group's range that are tried, as in the authors' code.
-RATIOS = tuple(1 - 0.02 * i for i in range(11))
 
 
 @method
@@ -152,7 +148,8 @@ class MixLLM(Quantizer):
     def _quantize(self, x: Tensor, calibration: Calibration | None, spec: Spec) -> dict[str, Any]:
         hessian = gram(calibration, x.shape[1])
         salient = self._salient(x, hessian, calibration)
-        order = self._group_order(hessian.diagonal())
+        size = self._size(x.shape[1])
+        order = group_order(hessian.diagonal(), size)
         factor = unit_factor(hessian, order, self.damp)
         hessian = hessian[order][:, order]
         exponent = exponent_of(x)
@@ -162,7 +159,7 @@ class MixLLM(Quantizer):
         parts: dict[str, Any] = {"salient": pack(salient.to(torch.uint8), 1)}
         for part, mask, bits, sym in self._parts(salient):
             if bool(mask.any()):
-                grid, codes = self._gptq(columns[:, mask], factor, hessian, bits, sym, order, exponent)
+                grid, codes = gptq(columns[:, mask], factor, hessian, order, bits, size, sym, self.clip, exponent)
                 parts |= {f"{part}_{key}": value for key, value in store(grid, codes).items()}
         return parts
 
@@ -184,72 +181,8 @@ class MixLLM(Quantizer):
             )
         return told
 
-    def _group_order(self, diagonal: Tensor) -> Tensor:
-        """The columns in the order of rounding: whole groups, those with the largest sum of the diagonal first, a short one last."""
-        n, size = len(diagonal), self._size(len(diagonal))
-        whole = n // size * size
-        first = diagonal[:whole].view(-1, size).sum(1).argsort(descending=True, stable=True)
-        columns = torch.arange(n, device=diagonal.device)
-        return torch.cat([columns[:whole].view(-1, size)[first].reshape(-1), columns[whole:]])
-
     def _size(self, columns: int) -> int:
         return max(columns, 1) if self.group_size == -1 else self.group_size
-
-    def _gptq(
-        self, columns: Tensor, factor: Tensor, hessian: Tensor, bits: int, sym: bool, order: Tensor, exponent: int
-    ) -> tuple[Grid, Tensor]:
-        """GPTQ of some rows; ``columns`` (in x rows), ``factor`` and ``hessian`` are in the order of rounding."""
-        n, rows = columns.shape
-        size, steps = self._size(n), 2**bits - 1
-        scale = torch.zeros(group_count(n, size), rows, dtype=torch.float16, device=columns.device)
-        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=columns.device)
-        step, inverse, low = scale.float(), scale.float(), -zero.float()
-
-        def enter(start: int, group: Tensor) -> None:
-            g = start // size
-            scale[g], z = self._clipped(group, hessian[start : start + len(group), start : start + len(group)], bits, sym)
-            if z is not None:
-                zero[g] = z
-            step[g] = scale[g].float()
-            inverse[g] = torch.where(step[g] > 0, 1 / step[g], 0.0)
-            low[g] = -zero[g].float()
-
-        def round_(k: int, w: Tensor, error: Tensor) -> None:
-            g = k // size
-            torch.mul(w, inverse[g], out=w).round_()
-            torch.clamp(w, low[g], low[g] + steps, out=w)
-            error.addcmul_(w, step[g], value=-1)
-
-        feedback(columns, factor, size, enter, round_)
-        codes = torch.empty(n, rows, dtype=torch.uint8, device=columns.device)
-        group = torch.arange(n, device=columns.device) // size
-        codes[order] = columns.sub_(low[group]).to(torch.uint8)
-        place = order[::size] // size  # the group that the g-th one rounded is in the matrix
-        back = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=place.device))
-        grid = Grid(scale[back].T.contiguous(), None if sym else zero[back].T.contiguous(), bits, size, exponent=exponent)
-        return grid, codes.T.contiguous()
-
-    def _clipped(self, group: Tensor, hessian: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of a group (columns x rows) whose range costs the least d'Hd, d being what rounding changes."""
-        ends = torch.stack(group.aminmax(dim=0))
-        best = fit_scale(ends, bits, sym, 0)
-        if not self.clip:
-            return best
-        least = torch.full_like(ends[0], torch.inf)
-        for ratio in RATIOS:
-            scale, zero = fit_scale(ends * ratio, bits, sym, 0)
-            step = scale.float()
-            low = torch.full_like(step, -(2.0 ** (bits - 1))) if zero is None else -zero.float()
-            level = (group * torch.where(step > 0, 1 / step, 0.0)).round_().clamp_(low, low + (2**bits - 1))
-            change = level.mul_(step).sub_(group)
-            cost = (hessian @ change).mul_(change).sum(0)
-            better = cost < least
-            least = torch.where(better, cost, least)
-            best = (
-                torch.where(better, scale, best[0]),
-                None if zero is None or best[1] is None else torch.where(better, zero, best[1]),
-            )
-        return best
 
     # -- decoding
 
