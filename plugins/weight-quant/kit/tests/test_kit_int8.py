@@ -53,10 +53,10 @@ def test_the_largest_sums_do_not_saturate(columns: int, rows: int) -> None:
         assert torch.equal(int8.in_float(x, w), true)
 
 
-def test_without_trusted_kernels_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_trusted_kernel_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = integers(17, 300, 0).clamp_(-127), integers(33, 300, 1)
     usual = Int8Matrix(w)(x)
-    monkeypatch.setattr(int8, "kernels_are_exact", lambda: False)
+    monkeypatch.setattr(int8, "kernel_is_exact", lambda: False)
     assert torch.equal(Int8Matrix(w)(x), usual)
 
 

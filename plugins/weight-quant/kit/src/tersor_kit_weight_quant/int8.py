@@ -2,9 +2,10 @@
 
 Rows of activations are rounded when they come (the largest magnitude of a row, or of all rows, becomes 127), multiplied with the
 int8 matrix of the layer, and the sums are scaled back. On a CPU the product is oneDNN's, over a matrix that was laid out for it
-once; for a single row, where laying out gains nothing, it is ``torch._int_mm``. Both sum in int32. A processor without the
-instructions for it would saturate in 16 bits: both kernels are tried once with the largest values there are, and where a sum is wrong, or
-a kernel is missing, the product is done in float32 over runs of columns so short that every sum is a whole number below 2^24.
+once, with sums in int32. (``torch._int_mm``, which lays the matrix out in each call, takes up to ten times as long for few rows, and in
+torch 2.13 gives wrong sums for a matrix of one column.) A processor without the instructions for it would saturate in 16 bits: the kernel is
+tried once with the largest values there are, and where a sum is wrong, or the kernel is missing, the product is done in float32
+over runs of columns so short that every sum is a whole number of at most 2^24.
 """
 
 from __future__ import annotations
@@ -61,10 +62,8 @@ class Int8Matrix:
             return torch.zeros(codes.shape[0], self.weight.shape[0], device=codes.device)
         if codes.device.type == "cuda":
             return _padded(codes, self.weight).float()
-        if codes.device.type != "cpu" or not kernels_are_exact():
+        if codes.device.type != "cpu" or not kernel_is_exact():
             return in_float(codes, self.weight)
-        if codes.shape[0] == 1:
-            return torch._int_mm(codes, self.weight.T).float()  # type: ignore[no-any-return]
         if self._laid_out is None:
             rows = self.weight.shape[0]
             ones, zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int32)
@@ -100,8 +99,8 @@ def in_float(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def kernels_are_exact() -> bool:
-    """Whether this machine's int8 kernels sum the largest products there are without saturation."""
+def kernel_is_exact() -> bool:
+    """Whether this machine has the int8 kernel, and it sums the largest products there are without saturation."""
     codes = torch.full((8, 512), 127, dtype=torch.int8)
     codes[1::2] = -127
     weight = torch.full((64, 512), 127, dtype=torch.int8)
@@ -110,10 +109,9 @@ def kernels_are_exact() -> bool:
     try:
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         found = _onednn(codes, packed, torch.ones(64), torch.zeros(64, dtype=torch.int32))
-        single = torch._int_mm(codes[:1], weight.T).float()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    return torch.equal(found, true) and torch.equal(single, true[:1])
+    return torch.equal(found, true)
 
 
 class Int8Linear(nn.Module):

@@ -65,7 +65,7 @@ class LLMInt8(Quantizer):
 
     def _dequantize(self, parts: dict[str, Any], spec: Spec) -> Tensor:
         codes, scale = self._load(parts, spec)
-        limit = torch.finfo(getattr(torch, spec.dtype)).max
+        limit = min(torch.finfo(getattr(torch, spec.dtype)).max, torch.finfo(torch.float32).max)
         return (codes.float() * scale[:, None]).clamp_(-limit, limit)
 
     def _load(self, parts: dict[str, Any], spec: Spec) -> tuple[Tensor, Tensor]:
