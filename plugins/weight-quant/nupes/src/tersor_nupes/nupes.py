@@ -80,8 +80,8 @@ class NUPES(Quantizer):
     steps: int = field(
         30, at_least(0), help="steps of learning where there is calibration data; 0: none, calibration is not used"
     )
-    rate: float = field(0.15, between(0, 1), help="how far a code may move in the first step of learning; falls to 0")
-    sweeps: int = field(2, at_least(0), help="passes over the columns after learning")
+    rate: float = field(0.2, between(0, 1), help="how far a code may move in the first step of learning; falls to 0")
+    sweeps: int = field(3, at_least(0), help="passes over the columns after learning")
     damp: float = field(0.01, between(0, 1), help="damping, as a fraction of the Hessian's mean diagonal")
 
     def __attrs_post_init__(self) -> None:
@@ -206,7 +206,7 @@ class NUPES(Quantizer):
             position.addcdiv_(moment, size, value=-self.rate * left / grown[0]).clamp_(-0.49, last + 0.49)
             moment_a += (1 - BETAS[0]) * (slope_a - moment_a)
             second_a += (1 - BETAS[1]) * (slope_a**2 - second_a)
-            log_a -= RATE_A * left * (moment_a / grown[0]) / (math.sqrt(second_a / grown[1]) + 1e-12)
+            log_a -= RATE_A * left * (moment_a / grown[0]) / (math.sqrt(second_a / grown[1]) + 1e-30)
             power = min(max(round(1000 * math.exp(log_a)), LEAST), MOST)
             levels = level_table(self.bits, power)
         return position, power
