@@ -1,5 +1,5 @@
 # The habits. `make demo` and `make test` work in a clean checkout; both go through `make setup`.
-.PHONY: setup demo test lint docs bench verify wheels generate clean
+.PHONY: setup demo test lint docs bench leaderboard verify wheels generate clean
 .DEFAULT_GOAL := test
 
 PY := .venv/bin/python
@@ -34,6 +34,10 @@ docs: setup
 
 bench: setup
 	@$(PY) -m bench $(ARGS)
+
+# peers that are missing give a row that says so: .venv/bin/uv pip install -r bench/requirements.txt
+leaderboard: setup
+	@$(PY) -m bench.leaderboard $(ARGS)
 
 verify: setup
 	@for m in $(METHODS); do echo "== $$m"; $(PY) -m tersor verify $$m --record docs/evidence || true; done

@@ -420,11 +420,27 @@ def inspect_(source: str, as_json: bool) -> None:
     "--with",
     "with_",
     multiple=True,
-    required=True,
     metavar="METHOD",
     shell_complete=_complete_method,
     help="A method; give several. A slash sweeps a setting: jpeg:quality=10/30/60",
 )
+@click.option(
+    "--kind", type=click.Choice(["quantizer"]), help="Every installed weight quantizer on the model FILES (a folder or .gguf)."
+)
+@click.option(
+    "--bits", type=click.IntRange(1, 8), multiple=True, help="With --kind: bits a weight; give several. Default: 2, 3 and 4."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=16, show_default=True, help="With --kind: calibration windows of 512 tokens."
+)
+@click.option(
+    "--tokens", type=click.IntRange(min=2), default=8193, show_default=True, help="With --kind: tokens of the text that judge."
+)
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False), help="With --kind: a text file that calibrates.")
+@click.option(
+    "--text", "texts", type=click.Path(exists=True, dir_okay=False), multiple=True, help="With --kind: a text file that judges."
+)
+@click.option("--cache", type=click.Path(file_okay=False), help="With --kind: the folder that keeps finished rows.")
 @click.option("--plot", type=click.Path(), help="Write a rate-distortion plot (.svg, .png, .pdf).")
 @click.option("--repeat", type=click.IntRange(1, 100), default=1, show_default=True, help="Best time of so many runs.")
 @_FRAMES
@@ -433,6 +449,13 @@ def inspect_(source: str, as_json: bool) -> None:
 def bench_(
     files: tuple[str, ...],
     with_: tuple[str, ...],
+    kind: str | None,
+    bits: tuple[int, ...],
+    samples: int,
+    tokens: int,
+    calibration: str | None,
+    texts: tuple[str, ...],
+    cache: str | None,
     plot: str | None,
     repeat: int,
     frames: str | None,
@@ -441,11 +464,21 @@ def bench_(
 ) -> None:
     """Compare methods on FILES: size of the written file, quality after decoding from it, seconds.
 
-    FILES may be files, folders, quoted patterns ("photos/*.png") and remote paths.
+    FILES may be files, folders, quoted patterns ("photos/*.png") and remote paths. With --kind quantizer it is one language model:
+    bits of the written weights, perplexity, seconds, memory and decoded tokens per second of every installed weight quantizer, or
+    of those given by --with. A run that was cut off goes on where it stopped.
     """
     from tersor import bench
     from tersor.progress import on_terminal
 
+    if kind:
+        _bench_model(files, with_, bits, samples, tokens, calibration, texts, cache, plot, as_json)
+        return
+    if not with_:
+        raise click.UsageError("give a method: --with NAME, or --kind quantizer for all weight quantizers on a model")
+    given = {"--bits": bits, "--calibration": calibration, "--text": texts, "--cache": cache}
+    if wrong := [n for n, v in given.items() if v]:
+        raise click.UsageError(f"{wrong[0]} belongs to --kind quantizer")
     with on_terminal():
         rows = list(bench.run(list(files), list(with_), repeat, frames=frames, size=size))
     if plot:
@@ -474,6 +507,36 @@ def bench_(
         ]
         _table(rows, [k for k in keys if any(k in r for r in rows)])
     if all("error" in r for r in rows):
+        sys.exit(1)
+
+
+def _bench_model(
+    files: tuple[str, ...], with_: tuple[str, ...], bits: tuple[int, ...], samples: int, tokens: int, calibration: str | None,
+    texts: tuple[str, ...], cache: str | None, plot: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """The leaderboard of weight quantizers on one model."""
+    import attrs
+
+    from tersor.model import board
+    from tersor.progress import on_terminal
+
+    if len(files) != 1:
+        raise click.UsageError(f"--kind quantizer takes one model; given: {len(files)} paths")
+    protocol = board.standard(samples, tokens)
+    if calibration:
+        protocol = attrs.evolve(protocol, calibration=Path(calibration).read_text("utf-8"))
+    if texts:
+        protocol = attrs.evolve(protocol, texts={Path(t).name: Path(t).read_text("utf-8") for t in texts})
+    with on_terminal():
+        rows = list(board.run(files[0], board.configurations(bits or board.BITS, with_ or None), protocol, cache=cache))
+    if plot:
+        board.plot(rows, plot)
+    if as_json:
+        show_json(rows)
+    else:
+        shown = board.table(rows)
+        _table(shown, list(dict.fromkeys(k for r in shown for k in r)))
+    if all("error" in r for r in rows if r["method"] != "float32"):
         sys.exit(1)
 
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,10 @@ def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = Non
 
     out: dict[str, None] = {}
     chosen = list(names or [])
-    known = chosen or [m["name"] for m in registry.listing() if m["kind"] == "quantizer" and "weight" in m["domain"].split(",")]
-    for name in sorted(known):
+    known = chosen or sorted(
+        m["name"] for m in registry.listing() if m["kind"] == "quantizer" and "weight" in m["domain"].split(",")
+    )
+    for name in known:
         if ":" in name:
             out.update(dict.fromkeys(expand([name])))
             continue
@@ -124,7 +126,7 @@ def decoded_per_second(model: Any, new_tokens: int) -> float:
 
     ids = torch.arange(1000, 1016)[None] % model.config.vocab_size
     best = math.inf
-    with torch.inference_mode():
+    with torch.no_grad():  # some libraries' weights are no inference tensors
         for _ in range(2):
             times = []
             for count in (1, 1 + new_tokens):
@@ -158,41 +160,56 @@ def _restart_peak() -> int | None:
     return _resident("VmRSS")
 
 
+#: What changes a model: takes the model and the calibration windows; gives bits a weight, the seconds of its own work (or None), and what then
+#: lets the model compute from the compressed form, which says what runs.
+Change = Callable[[Any, list[Any]], tuple[float, float | None, Callable[[], str]]]
+
+
+def measured(folder: str | os.PathLike[str], name: str, protocol: Protocol, calibrated: bool, change: Change) -> dict[str, Any]:
+    """A row for anything that quantizes a model in this process: what :func:`measure` gives, ``change`` doing the work."""
+    from tersor.model import load_model
+    from tersor.model.driver import calibration_windows
+
+    model, tokenizer = load_model(folder)
+    batches = []
+    if calibrated:
+        batches = calibration_windows(tokenizer, protocol.calibration, protocol.samples, protocol.window)
+    before = _restart_peak()
+    start = time.perf_counter()
+    bits, own, runs = change(model, batches)
+    row: dict[str, Any] = {"method": name, "name": name.partition(":")[0], "bits": bits, "seconds": time.perf_counter() - start}
+    row["method_seconds"] = row["seconds"] if own is None else own
+    row["peak_bytes"] = None if before is None else max((_resident("VmHWM") or before) - before, 0)
+    row["perplexity"] = perplexities(model, tokenizer, protocol)
+    row["runs"] = runs()
+    row["tokens_per_second"] = decoded_per_second(model, protocol.new_tokens)
+    return row
+
+
 def measure(folder: str | os.PathLike[str], method: Any, protocol: Protocol) -> dict[str, Any]:
     """One method on one model, in this process: a row of the leaderboard.
 
     ``bits``: of the written files, for each weight that was quantized. ``perplexity``: by text. ``seconds``: of quantization, with the passes of
     the calibration data; ``method_seconds``: what of it the method took. ``peak_bytes``: the process's peak of memory while it quantized,
-    less what it had with the model and the calibration tokens loaded (None where the system does not tell). ``tokens_per_second``: decoded, by ``runs``: the method's own layers, torch's int4 and
-    int8 kernels where they fit all layers, else decoded weights.
+    less what it had with the model and the calibration tokens loaded (None where the system does not tell).
+    ``tokens_per_second``: decoded, by ``runs``: the method's own layers, torch's int4 and int8 kernels where they fit all layers, else
+    decoded weights. A method with layers of its own is judged with them, activation quantization included.
     """
     from tersor.api import as_method
-    from tersor.model import load_model, place_layers, quantize
-    from tersor.model.driver import calibration_windows
+    from tersor.model import place_layers, quantize
 
     method = as_method(method)
-    model, tokenizer = load_model(folder)
-    batches = []
-    if method.calibration != "none":
-        batches = calibration_windows(tokenizer, protocol.calibration, protocol.samples, protocol.window)
-    before = _restart_peak()
-    start = time.perf_counter()
-    with Stopwatch() as watch:
-        payloads = quantize(model, method, batches)
-    seconds = time.perf_counter() - start
-    row = {
-        "method": str(method), "name": method.name,
-        "bits": 8 * sum(p.nbytes for p in payloads.values()) / sum(p.spec.size for p in payloads.values()),
-        "seconds": seconds, "method_seconds": watch.seconds, "peak_bytes": None if before is None else max((_resident("VmHWM") or before) - before, 0),
-    }  # fmt: skip
-
     own = type(method)._module is not Quantizer._module
-    if own:
-        place_layers(model, payloads)
-    row["perplexity"] = perplexities(model, tokenizer, protocol)
-    row["runs"] = "own layers" if own else _packed(model, payloads) or "decoded weights"
-    row["tokens_per_second"] = decoded_per_second(model, protocol.new_tokens)
-    return row
+
+    def change(model: Any, batches: list[Any]) -> tuple[float, float, Callable[[], str]]:
+        with Stopwatch() as watch:
+            payloads = quantize(model, method, batches)
+        bits = 8 * sum(p.nbytes for p in payloads.values()) / sum(p.spec.size for p in payloads.values())
+        if own:
+            place_layers(model, payloads)
+        return bits, watch.seconds, lambda: "own layers" if own else _packed(model, payloads) or "decoded weights"
+
+    return measured(folder, str(method), protocol, method.calibration != "none", change)
 
 
 def _packed(model: Any, payloads: dict[str, Any]) -> str:
@@ -262,12 +279,13 @@ def whole(folder: str | os.PathLike[str], protocol: Protocol) -> dict[str, Any]:
 
 def run(
     source: str | os.PathLike[str], methods: Iterable[str], protocol: Protocol | None = None, *, cache: str | os.PathLike[str] | None = None,
-    timeout: float | None = None,
+    timeout: float | None = None, peers: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of a leaderboard, the whole model first; a method that fails gives a row with ``error``.
 
     ``source``: a transformers folder or a GGUF file. ``methods``: strings, see :func:`configurations`. ``cache``: the folder that keeps rows;
     default: below the cache folder. Rows that were kept have ``cached``. ``timeout``: seconds for one method.
+    ``peers``: names of other rows to the module that is run for them as this one is (order as JSON in, row as JSON out).
     """
     from tersor.api import as_method
     from tersor.model.driver import _fingerprint
@@ -278,9 +296,10 @@ def run(
     place = Path(cache) if cache is not None else cache_folder() / "leaderboard"
     place.mkdir(parents=True, exist_ok=True)
     base = json.dumps([_fingerprint(folder), protocol.digest, os.environ.get("OMP_NUM_THREADS", "")])
-    for text in track(["float32", *methods], "leaderboard"):
-        method = None if text == "float32" else as_method(text)
-        key = hashlib.sha256(f"{base}|{method}|{sources_digest(method)}".encode()).hexdigest()[:32]
+    peers = peers or {}
+    for text in track(["float32", *methods, *peers], "leaderboard"):
+        method = None if text == "float32" or text in peers else as_method(text)
+        key = hashlib.sha256(f"{base}|{text}|{sources_digest(method)}".encode()).hexdigest()[:32]
         path = place / f"{key}.json"
         if path.is_file():
             try:
@@ -288,18 +307,18 @@ def run(
                 continue
             except ValueError:
                 path.unlink()
-        row = _in_process(str(folder), text, protocol, timeout)
+        row = _in_process(str(folder), text, protocol, timeout, peers.get(text, __name__))
         if "error" not in row:
             with atomic_write(path) as file:
                 file.write(json.dumps(row).encode())
         yield row
 
 
-def _in_process(folder: str, text: str, protocol: Protocol, timeout: float | None) -> dict[str, Any]:
+def _in_process(folder: str, text: str, protocol: Protocol, timeout: float | None, program: str) -> dict[str, Any]:
     order = json.dumps({"folder": folder, "method": text, "protocol": attrs.asdict(protocol)})
     try:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tersor.model.board"], input=order, capture_output=True, text=True, timeout=timeout, check=False
+            [sys.executable, "-W", "ignore", "-m", program], input=order, capture_output=True, text=True, timeout=timeout, check=False
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"method": text, "name": text.partition(":")[0], "error": f"not done after {timeout:g} s"}
@@ -314,19 +333,15 @@ def _in_process(folder: str, text: str, protocol: Protocol, timeout: float | Non
     return {"method": text, "name": text.partition(":")[0], "error": f"the process ended with code {done.returncode}: {told}"}
 
 
-def _main() -> None:
-    """What the process of one row does: the order as JSON in, the row as JSON out."""
+def answer(work: Callable[[str, str, Protocol], dict[str, Any]]) -> None:
+    """What the process of one row does: the order as JSON from stdin, the row as JSON to stdout. ``work``: (folder, name, protocol) to row."""
     order = json.loads(sys.stdin.read())
-    protocol = Protocol(**order["protocol"])
+    name = order["method"]
     try:
-        if order["method"] == "float32":
-            row = whole(order["folder"], protocol)
-        else:
-            row = measure(order["folder"], order["method"], protocol)
-    except TersorError as error:
-        name = order["method"].partition(":")[0]
-        row = {"method": order["method"], "name": name, "error": f"{type(error).__name__}: {error}"}
-    sys.stdout.write(json.dumps(row) + "\n")
+        row = work(order["folder"], name, Protocol(**order["protocol"]))
+    except (TersorError, ImportError) as error:
+        row = {"method": name, "name": name.partition(":")[0], "error": f"{type(error).__name__}: {error}"}
+    sys.stdout.write("\n" + json.dumps(row) + "\n")
 
 
 def frontier(rows: Iterable[dict[str, Any]], text: str) -> list[dict[str, Any]]:
@@ -399,4 +414,4 @@ def plot(rows: Iterable[dict[str, Any]], path: str | os.PathLike[str], limit: fl
 
 
 if __name__ == "__main__":
-    _main()
+    answer(lambda folder, name, protocol: whole(folder, protocol) if name == "float32" else measure(folder, name, protocol))

@@ -33,7 +33,7 @@ def perplexity(model: Any, ids: Any, window: int = 1024) -> float:
     if ids.ndim != 1 or len(ids) < 2:
         raise InputError(f"perplexity needs at least two tokens in one row; given: shape {tuple(ids.shape)}")
     total, count = 0.0, len(ids) - 1
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in track(range(0, count, window), "perplexity"):
             stop = min(start + window, count)
             logits = model(ids[None, start:stop]).logits[0].float()

@@ -34,11 +34,11 @@ class Int4Kernel:
                 f"{u.codes.shape[0]} x {columns} in groups of {u.group_size}"
             )
         u = u.regrouped(size)
-        zero = torch.full_like(u.scale, 2.0 ** (u.bits - 1)) if u.zero is None else u.zero
-        offset = (8 - zero) * u.scale  # the kernel's value is (code - 8) * scale + offset
+        middle = 2 ** (u.bits - 1)  # the kernel's value is (code - 8) * scale + offset: fewer bits go around 8, offsets are small
+        offset = torch.zeros_like(u.scale) if u.zero is None else (middle - u.zero) * u.scale
         self.size = size
         self.scales = torch.stack([u.scale, offset], -1).transpose(0, 1).contiguous().to(torch.bfloat16)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(u.codes.to(torch.int32), 2)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(u.codes.to(torch.int32) + (8 - middle), 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.order is None else x.index_select(-1, self.order)
@@ -55,6 +55,8 @@ class Int8Kernel:
             raise InputError(
                 f"torch's int8 kernel takes one scale a row; given: groups of {u.group_size} of {u.codes.shape[1]} columns"
             )
+        if u.codes.shape[1] % 16:
+            raise InputError(f"torch's int8 kernel takes a multiple of 16 columns; given: {u.codes.shape[1]}")
         middle = 2 ** (u.bits - 1)
         self.packed = (u.codes.to(torch.int16) - middle).to(torch.int8)
         self.scale = u.scale[:, 0].contiguous()
