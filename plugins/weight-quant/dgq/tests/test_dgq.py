@@ -69,7 +69,9 @@ def test_search_is_the_papers(bits: int, size: int, monkeypatch: pytest.MonkeyPa
     errors = [float((x.double() @ (q - w).T).square().sum()) for q in (found, expected)]
     assert abs(errors[0] / errors[1] - 1) < 1e-3
     monkeypatch.undo()
-    short = method.dequantize(method.quantize(w, x)).double()  # inputs of rank 8 and groups of a few columns: the hardest case for it
+    short = method.dequantize(
+        method.quantize(w, x)
+    ).double()  # inputs of rank 8 and groups of a few columns: the hardest case for it
     assert float((x.double() @ (short - w).T).square().sum()) < 1.5 * errors[1]
 
 

@@ -1,9 +1,11 @@
 """What the weight quantizers of Tersor share: bit packing, groupwise grids, Hessian error feedback."""
 
 from tersor_kit_weight_quant.columns import round_columns
+from tersor_kit_weight_quant.descent import damped, descend, quadratic
 from tersor_kit_weight_quant.grid import CLIP_RATIOS, Grid, exponent_of, fit_grid, fit_scale, group_count, load, normalise, store
 from tersor_kit_weight_quant.hadamard import Rotation
 from tersor_kit_weight_quant.hessian import feedback, gram, ldl, unit_factor
+from tersor_kit_weight_quant.int8 import Int8Linear, Int8Matrix, absmax
 from tersor_kit_weight_quant.packing import pack, packed_size, unpack
 from tersor_kit_weight_quant.sparse import load_sparse, pack_wide, store_sparse, unpack_wide
 from tersor_kit_weight_quant.vq import (
@@ -24,8 +26,13 @@ from tersor_kit_weight_quant.vq import (
 __all__ = [
     "CLIP_RATIOS",
     "Grid",
+    "Int8Linear",
+    "Int8Matrix",
     "Rotation",
+    "absmax",
     "block_factor",
+    "damped",
+    "descend",
     "exponent_of",
     "exponent_of_codebook",
     "feedback",
@@ -48,6 +55,7 @@ __all__ = [
     "packed_size",
     "collect",
     "round_columns",
+    "quadratic",
     "store",
     "store_sparse",
     "lookup",
