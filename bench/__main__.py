@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from bench.common import Report, Size, say, show
 
 TOPICS = (
-    "registry", "container", "entropy", "gptq", "lowrank", "vq", "pruning", "images", "video", "kv", "decoding", "gradient",
+    "registry", "container", "entropy", "gptq", "layers", "lowrank", "vq", "pruning", "images", "video", "kv", "decoding", "gradient",
     "equal_info", "setup",
 )  # fmt: skip
 
