@@ -119,11 +119,11 @@ class FlatQuant(Quantizer):
 
     def _inputs(self, calibration: Calibration, width: int) -> Tensor:
         """The layer's inputs, samples x in; Gaussian ones where only X'X is known."""
-        total = gram(calibration, width)
-        if not bool(total.diagonal().any()):
+        total = None if calibration.inputs is not None else gram(calibration, width)
+        if not bool((calibration.inputs if total is None else total.diagonal()).any()):
             raise CalibrationError("all calibration inputs are zero; allowed: inputs that are like those in use")
-        if calibration.inputs is not None:
-            return calibration.inputs
+        if total is None:
+            return calibration.inputs  # type: ignore[no-any-return]
         values, vectors = torch.linalg.eigh(total.double() / total.diagonal().mean())
         drawn = torch.randn(SAMPLES, width, generator=torch.Generator().manual_seed(self.seed))
         return drawn @ (vectors * values.clamp(min=0).sqrt()).float().T.to("cpu")
@@ -135,8 +135,11 @@ class FlatQuant(Quantizer):
         if "value" in parts:
             w = Heads.fuse(w, torch.linalg.inv(matrix(parts["value"]).double()).float())
         dtype = getattr(torch, spec.dtype)
-        limit = torch.finfo(dtype).max
-        return transform.back(w).mul_(math.ldexp(1.0, grid.exponent)).clamp_(-limit, limit).to(dtype)
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        w = transform.back(w) * math.ldexp(1.0, grid.exponent)
+        if bool(w.isnan().any()):
+            raise ValueError("the transforms give weights that are no numbers")
+        return w.clamp_(-limit, limit).to(dtype)
 
     def _module(self, parts: dict[str, Any], spec: Spec, bias: Any, layer: nn.Module) -> nn.Module | None:
         return FlatLinear(self, parts, spec, bias) if isinstance(layer, nn.Linear) else None

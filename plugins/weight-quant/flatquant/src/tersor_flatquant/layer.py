@@ -32,6 +32,8 @@ class FlatLinear(nn.Module):
                 self.register_buffer(name, value.clone())
         if method.act_bits < 16 and not 0 < float(self.scalars["clip"]) <= 1:
             raise ValueError(f"clip: {self.scalars['clip']}, where a number from 0 to 1 fits")
+        if ("key" in parts or "value" in parts) and not all(0 < float(c) <= 1 for c in self.scalars["cache"]):
+            raise ValueError(f"cache: {self.scalars['cache']}, where two numbers from 0 to 1 fit")
         load(parts, spec.shape, method.bits, -1, True)  # type: ignore[arg-type]
         self._ready: tuple[Any, ...] | None = None
 
