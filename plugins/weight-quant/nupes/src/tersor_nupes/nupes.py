@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from decimal import Context
+from decimal import Context, Decimal
 from typing import Any
 
 import torch
@@ -21,22 +21,25 @@ from tersor_kit_weight_quant import CLIP_RATIOS, exponent_of, gram, group_count,
 #: Exponents are stored in thousandths; what a search may give.
 LEAST, MOST = 200, 2000
 _SAMPLE = 1 << 16  # weights that the search for one number looks at
+_DECIMAL = Context(prec=25)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def level_table(bits: int, power: int) -> Tensor:
     """The 2^bits levels of a group with scale 1: sign(c) |c / 2^(bits-1)|^(1/a) for c = -2^(bits-1) ... 2^(bits-1) - 1.
 
-    ``power``: the exponent a in thousandths. Float32, ascending, from -1 on. Computed in decimal arithmetic, so that they are the
-    same on every machine.
+    ``power``: the exponent a in thousandths. Float32, ascending, from -1 on; not to be written. Computed in decimal arithmetic, so
+    that they are the same on every machine.
     """
-    context, half = Context(prec=25), 2 ** (bits - 1)
-    logs = [
-        context.subtract(context.create_decimal(c).ln(context), context.create_decimal(half).ln(context))
-        for c in range(1, half + 1)
-    ]
-    size = [float(context.exp(context.divide(context.multiply(log, 1000), power))) for log in logs]
+    size = [float(_DECIMAL.exp(_DECIMAL.divide(log, power))) for log in _logarithms(2 ** (bits - 1))]
     return torch.tensor([-s for s in reversed(size)] + [0.0] + size[:-1])
+
+
+@functools.cache
+def _logarithms(half: int) -> list[Decimal]:
+    """1000 ln(c / half) for c = 1 ... half."""
+    one = _DECIMAL.ln(Decimal(half))
+    return [_DECIMAL.multiply(_DECIMAL.subtract(_DECIMAL.ln(Decimal(c)), one), Decimal(1000)) for c in range(1, half + 1)]
 
 
 @method
@@ -52,13 +55,13 @@ class NUPES(Quantizer):
     no opposite, so that none is left over.
 
     Without data (``steps=0``, or no calibration) each weight goes to its nearest level, and a is what leaves the least squared
-    error; this error has a single minimum in a (PowerQuant, section 3.3), which a golden section search finds. With ``clip`` scales
-    are searched too, by group, in turns with a.
+    error. PowerQuant shows this error to be locally convex in a, with a single minimum; a golden section search finds it. With
+    ``clip`` scales are searched too, by group, in turns with a.
 
     With data, a and the codes are learned so that the layer's output changes least, |X W' - X Q'|^2. Codes are not only
     rounded up or down: each weight has a position among all levels, and moves through them by gradient descent (Adam).
-    Between two levels its value goes over softly, by a sigmoid that starts nearly linear, where the values are the weights themselves, and
-    becomes a step. The derivative by log a of a level v is -v log |v|, which is 0 at 0 and bounded, and needs no power of a small number.
+    Between two levels its value goes over softly, by a sigmoid that hardens to a step. The derivative by log a of a level v is
+    -v log |v|, which is 0 at 0 and bounded, and needs no power of a small number.
     At the end positions are rounded; ``sweeps`` then go through the columns, and give every weight the level, of all, that is
     best with all other weights as they are.
 
@@ -77,9 +80,7 @@ class NUPES(Quantizer):
     bits: int = field(4, between(2, 8), help="bits per weight")
     group_size: int = field(128, help="weights that share a scale; -1: a whole row")
     clip: bool = field(False, help="search the scale of each group for the least squared error")
-    steps: int = field(
-        30, at_least(0), help="steps of learning where there is calibration data; 0: none, calibration is not used"
-    )
+    steps: int = field(16, at_least(0), help="steps of learning, given calibration data; 0: none, and such data is not used")
     rate: float = field(0.2, between(0, 1), help="how far a code may move in the first step of learning; falls to 0")
     sweeps: int = field(3, at_least(0), help="passes over the columns after learning")
     damp: float = field(0.01, between(0, 1), help="damping, as a fraction of the Hessian's mean diagonal")
@@ -97,7 +98,7 @@ class NUPES(Quantizer):
         exponent = exponent_of(x)
         w = normalise(x, exponent)
         scale, power = self._search(w)
-        codes = _nearest(_ratio(w, self._wide(scale, w)), level_table(self.bits, power))
+        codes = _nearest(_ratio(w, self._wide(scale, w)), self._levels(power, w))
         if calibration is not None and self.steps:
             hessian = self._hessian(calibration, w.shape[1])
             codes, power = self._learn(w, self._wide(scale, w), power, codes, hessian)
@@ -110,6 +111,9 @@ class NUPES(Quantizer):
     def _wide(self, scale: Tensor, w: Tensor) -> Tensor:
         """The scale of every weight: float32, out x in."""
         return scale.float().repeat_interleave(self._size(w.shape[1]), 1)[:, : w.shape[1]]
+
+    def _levels(self, power: int, like: Tensor) -> Tensor:
+        return level_table(self.bits, power).to(like.device)
 
     # -- without data
 
@@ -126,7 +130,7 @@ class NUPES(Quantizer):
             ratio = _ratio(rows, wide)
 
             def error(power: int, ratio: Tensor = ratio, wide: Tensor = wide) -> float:
-                levels = level_table(self.bits, power)
+                levels = self._levels(power, rows)
                 return float((_values(_nearest(ratio, levels), levels) - ratio).mul_(wide).square_().sum())
 
             power = _golden(error, LEAST, MOST)
@@ -134,7 +138,7 @@ class NUPES(Quantizer):
 
     def _clip(self, w: Tensor, extreme: Tensor, power: int) -> Tensor:
         """For each group the scale that leaves the least squared error at this exponent, of the fractions that the kit tries."""
-        levels = level_table(self.bits, power)
+        levels = self._levels(power, w)
 
         def error(scale: Tensor) -> Tensor:
             wide = self._wide(scale, w)
@@ -158,7 +162,7 @@ class NUPES(Quantizer):
         if not mean > 0:
             raise CalibrationError("nupes: all calibration inputs are zero; allowed: inputs that are like those in use")
         hessian = hessian / mean
-        hessian.diagonal().add_(max(self.damp, 1e-6))
+        hessian.diagonal().add_(max(self.damp, 1e-6))  # a column never active still has a best level
         return hessian
 
     def _learn(self, w: Tensor, wide: Tensor, power: int, codes: Tensor, hessian: Tensor) -> tuple[Tensor, int]:
@@ -173,13 +177,13 @@ class NUPES(Quantizer):
         return found, learned
 
     def _loss(self, w: Tensor, wide: Tensor, codes: Tensor, power: int, hessian: Tensor) -> float:
-        error = _values(codes, level_table(self.bits, power)).mul_(wide).sub_(w)
+        error = _values(codes, self._levels(power, w)).mul_(wide).sub_(w)
         return float((error @ hessian).mul_(error).sum())
 
     def _descend(self, w: Tensor, wide: Tensor, power: int, hessian: Tensor) -> tuple[Tensor, int]:
         """Soft positions among the levels (float32, out x in) after ``steps`` steps of Adam, and the exponent, in thousandths."""
         last = 2**self.bits - 1
-        levels = level_table(self.bits, power)
+        levels = self._levels(power, w)
         ratio = _ratio(w, wide)
         below = _below(ratio, levels)
         position = below + (ratio - _values(below, levels)) / _values(below, levels.diff())
@@ -208,12 +212,12 @@ class NUPES(Quantizer):
             second_a += (1 - BETAS[1]) * (slope_a**2 - second_a)
             log_a -= RATE_A * left * (moment_a / grown[0]) / (math.sqrt(second_a / grown[1]) + 1e-30)
             power = min(max(round(1000 * math.exp(log_a)), LEAST), MOST)
-            levels = level_table(self.bits, power)
+            levels = self._levels(power, w)
         return position, power
 
     def _sweep(self, w: Tensor, wide: Tensor, codes: Tensor, power: int, hessian: Tensor) -> Tensor:
         """Column after column, the best level of every weight with all others as they are; the loss cannot grow."""
-        levels = level_table(self.bits, power)
+        levels = self._levels(power, w)
         middles = (levels[1:] + levels[:-1]) / 2
         scale, codes = wide.T.contiguous(), codes.T.contiguous()
         value = _values(codes, levels).mul_(scale)
@@ -241,7 +245,7 @@ class NUPES(Quantizer):
         if type(power) is not int or not LEAST <= power <= MOST or type(exponent) is not int or abs(exponent) > 120:
             raise ValueError(f"power {power!r} and exponent {exponent!r}, where {LEAST} to {MOST} and -120 to 120 fit")
         codes = unpack(parts["codes"], self.bits, rows * columns).view(rows, columns)
-        value = _values(codes.to(torch.int32), level_table(self.bits, power))
+        value = _values(codes.to(torch.int32), self._levels(power, codes))
         value.mul_(self._wide(scale, value)).mul_(math.ldexp(1.0, exponent))
         limit = min(torch.finfo(getattr(torch, spec.dtype)).max, torch.finfo(torch.float32).max)
         return value.clamp_(-limit, limit)
