@@ -1,4 +1,4 @@
-"""The layer of MixLLM: integer products of 8-bit activations with rows of two bit widths (arXiv 2412.14590, section 3.3).
+"""The layer of MixLLM: integer products of 8-bit activations with rows of two bit widths (arXiv 2412.14590).
 
 Two-step dequantization. A weight is (code - zero) * scale. The first step takes the zero point off, which gives a small integer: 4-bit
 and 8-bit rows are then one int8 matrix. Each group of columns is multiplied with its 8-bit activations, with sums in int32. The second

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 class MixLLM(Quantizer):
     """The rows (output features) that matter most to the network's loss have 8 bits, all others 4, in groups of 128 columns.
 
-    1. Global salience (section 3.1): with the rows rounded to ``bits`` bits, c0 to c, the loss of a sequence changes by about
+    1. Global salience: with the rows rounded to ``bits`` bits, c0 to c, the loss of a sequence changes by about
        |g (c - c0) + 1/2 (g (c - c0))^2|, g being the row's gradient: first order, and second with Fisher's gg' for the Hessian. It is
        summed over the calibration sequences. The ``high`` fraction of the rows of all layers with the largest sum get ``high_bits``.
        ``share="layer"`` gives every layer the same fraction instead, by the same measure, for comparison.
-    2. Rounding (section 4): both parts of a layer by GPTQ, whole groups in the order of their inputs' energy, each group's range
+    2. Rounding, as in the authors' code (microsoft/MixLLM): both parts of a layer by GPTQ, whole groups in the order of their inputs' energy, each group's range
        shrunk by the ratio, out of 1, 0.98, ..., 0.8, that costs the least output error of the group. The rows of ``bits`` bits are
        asymmetric, those of ``high_bits`` symmetric.
-    3. Two-step dequantization (section 3.3): see :mod:`tersor_mixllm.layer`, the layer that ``compress_layers`` puts into a network.
+    3. Two-step dequantization: see :mod:`tersor_mixllm.layer`, the layer that ``compress_layers`` puts into a network.
        It computes with 8-bit activations; decoding gives weights alone.
 
     Weights: float, out x in. Calibration: the layer's inputs or their X'X; the salience comes from the study of the network, as

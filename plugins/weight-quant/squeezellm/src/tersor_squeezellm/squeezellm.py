@@ -19,7 +19,7 @@ class SqueezeLLM(Quantizer):
     """Each row has a codebook of its own, found by sensitivity-weighted k-means; a few weights stay in float16, stored sparse.
 
     Weights: float, out x in. The loss rises by about 1/2 sum F_i (w_i - q_i)^2, F being the diagonal of the Fisher information:
-    the mean squared gradient of the loss for each weight (section 4.1, equations 2 to 4). So
+    the mean squared gradient of the loss for each weight (section 4.1). So
 
     1. the matrix is split into W = D + S (section 4.2): S holds the ``sensitive`` fraction of the weights with the largest F, and of
        the rest the ``outliers`` fraction with the largest magnitude;
