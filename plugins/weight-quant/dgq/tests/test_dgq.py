@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tersor
 from tersor import Calibration
-from tersor.model import compress_layers
+from tersor.model import compress_layers, load_layers, save_layers
 from tersor.testing import assert_conforms
 from tersor_dgq import dgq
 from tersor_dgq.dgq import CHANNEL_RATIOS, GROUP_RATIOS, DGQLinear
@@ -181,6 +181,16 @@ def test_networks_of_layers() -> None:
         compress_layers(small, tersor.quantizer("dgq", group_size=8, **options), [x])
         assert [type(m).__name__ for m in small] == ["DGQLinear", "ReLU", "DGQLinear"]
         assert float((small(x) - net(x)).square().mean()) < 0.02 * float(net(x).square().mean())
+
+
+def test_networks_are_saved_and_loaded(tmp_path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 5)), torch.randn(64, 24)
+    for options in ({"smooth": "on", "percentile": 0.8}, {"activations": "static"}):
+        small, fresh = copy.deepcopy(net), copy.deepcopy(net)
+        compress_layers(small, tersor.quantizer("dgq", group_size=8, **options), [x])
+        load_layers(fresh, save_layers(small, tmp_path / "net.safetensors"))
+        assert torch.equal(fresh(x), small(x))
 
 
 def test_extreme_weights_and_calibration() -> None:

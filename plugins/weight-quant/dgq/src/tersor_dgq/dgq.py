@@ -16,6 +16,7 @@ from tersor_kit_weight_quant.int8 import LARGEST, Int8Linear
 GROUP_RATIOS = tuple(1.0 - 0.03 * i for i in range(20))  # phase one: fractions of a group's range
 CHANNEL_RATIOS = tuple(1.4 - 0.02 * i for i in range(36))  # phase two: fractions of a channel's largest magnitude
 _FULL = 6  # of these: how many are tried with X'X as a whole
+_MOST = 1024.0  # the most that a channel is divided by, so that float16 holds the scales of the weights that it multiplies
 _CHUNK = 1 << 18  # weights worked on at a time
 
 
@@ -77,9 +78,13 @@ class DGQ(Quantizer):
             cls(activations="static", smooth="off"),
         ]
 
+    def _size(self, columns: int) -> int:
+        """Columns in a group."""
+        return max(columns, 1) if self.group_size == -1 else min(self.group_size, max(columns, 1))
+
     def _quantize(self, x: Tensor, calibration: Calibration, spec: Spec) -> dict[str, Any]:
         n = x.shape[1]
-        size = max(n, 1) if self.group_size == -1 else self.group_size
+        size = self._size(n)
         hessian = gram(calibration, n)
         hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30)
         exponent = exponent_of(x)
@@ -129,7 +134,7 @@ class DGQ(Quantizer):
         usual = largest.sort().values[min(int(self.percentile * len(largest)), len(largest) - 1)]
         if not float(usual) > 0:
             return None
-        factor = (largest / usual).clamp_(1.0, 65504.0).half().float()
+        factor = (largest / usual).clamp_(1.0, _MOST).half().float()
         return factor if bool((factor != 1).any()) else None
 
     def _static(self, calibration: Calibration, factor: Tensor | None) -> float:
@@ -143,7 +148,7 @@ class DGQ(Quantizer):
     def _load(self, parts: dict[str, Any], spec: Spec) -> tuple[Tensor, Tensor, Tensor | None]:
         """W8 (int8, out x in), s1 (float32, out) and what channels of the input are divided by (float32, in, or None)."""
         rows, n = spec.shape
-        size = max(n, 1) if self.group_size == -1 else self.group_size
+        size = self._size(n)
         matrix = integers(parts["codes"], parts["zero"], parts["multiple"], (rows, n), self.bits, size)
         scale, exponent = parts["scale"], parts.get("exponent", 0)
         if scale.dtype != torch.float16 or tuple(scale.shape) != (rows,) or not bool((scale.isfinite() & (scale >= 0)).all()):
@@ -155,9 +160,9 @@ class DGQ(Quantizer):
             channels, factors = parts["outliers"].long(), parts["factors"].float()
             if channels.numel() and not 0 <= int(channels.min()) <= int(channels.max()) < n:
                 raise ValueError(f"outliers: not numbers below {n}")
-            if channels.shape != factors.shape or not bool((factors.isfinite() & (factors >= 1)).all()):
-                raise ValueError("factors: not one finite number of at least 1 for each outlier")
-            factor = torch.ones(n, device=scale.device).index_copy(0, channels, factors)
+            if channels.shape != factors.shape or not bool(factors.isfinite().all()):
+                raise ValueError("factors: not one finite number for each outlier")
+            factor = torch.ones(n, device=scale.device).index_copy(0, channels, factors.clamp(min=1.0))
         return matrix, scale.float() * math.ldexp(1.0, exponent), factor
 
     def _dequantize(self, parts: dict[str, Any], spec: Spec) -> Tensor:
@@ -176,13 +181,13 @@ class DGQ(Quantizer):
         codes = unpack(parts["codes"], self.bits, rows * n).view(rows, n)
         multiple = unpack(parts["multiple"], 7, rows * groups).view(rows, groups)
         zero = unpack(parts["zero"], self.bits, rows * groups).view(rows, groups).float()
-        return Uniform(codes, multiple * scale[:, None], zero, self.bits, max(n, 1) if self.group_size == -1 else self.group_size)
+        return Uniform(codes, multiple * scale[:, None], zero, self.bits, self._size(n))
 
     def _module(self, parts: dict[str, Any], spec: Spec, bias: Tensor | None, layer: nn.Module) -> nn.Module | None:
         if not (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
             return None
         _, scale, factor = self._load(parts, spec)
-        size = spec.shape[1] if self.group_size == -1 else self.group_size
+        size = self._size(spec.shape[1])
         static = parts.get("activation")
         if (self.activations == "static") != (type(static) is float and 0 < static < math.inf):
             raise ValueError(f"activation: {static!r}, where the scale of static activations is a positive number")
