@@ -52,7 +52,7 @@ def markdown(rows: list[dict[str, Any]], protocol: Any) -> str:
     failed = [f"- `{r['method']}`: {r['error']}" for r in shown if "error" in r]
     told = (
         f"Calibration: {protocol.samples} windows of {protocol.window} tokens; judged on the first {protocol.tokens - 1:,} tokens of "
-        f"{' and of '.join(protocol.texts)}, in windows of 1,024."
+        f"{' and the first 2,048 of '.join(protocol.texts)}, in windows of 1,024."
     )
     if "WikiText-2" in protocol.texts:
         told += " Calibration is from later parts of WikiText-2's test split than those that judge."

@@ -35,7 +35,8 @@ BITS = (2, 3, 4)
 @attrs.frozen(kw_only=True)
 class Protocol:
     """What every method of a leaderboard gets. ``samples`` windows of ``window`` tokens of ``calibration`` calibrate; the first
-    ``tokens`` tokens of each of ``texts`` (names to texts) judge, in windows of 1,024; ``new_tokens`` are decoded for the speed."""
+    ``tokens`` tokens of the first of ``texts`` (names to texts), at most 2,049 of each other, judge in windows of 1,024; ``new_tokens`` are
+    decoded for the speed."""
 
     calibration: str
     texts: dict[str, str]
@@ -237,9 +238,11 @@ def perplexities(model: Any, tokenizer: Any, protocol: Protocol) -> dict[str, fl
     """By text, over the protocol's tokens."""
     from tersor.model import perplexity, token_ids
 
-    return {
-        name: perplexity(model, token_ids(tokenizer, text, protocol.tokens), window=1024) for name, text in protocol.texts.items()
-    }
+    out = {}
+    for name, text in protocol.texts.items():
+        count = min(protocol.tokens, 2049) if out else protocol.tokens
+        out[name] = perplexity(model, token_ids(tokenizer, text, count), window=1024)
+    return out
 
 
 class Stopwatch:
