@@ -192,10 +192,10 @@ def vision_transformer(seed: int) -> Iterator[Row]:
                 better="higher",
                 slack=1.0,
             )
-        rtn = tersor.quantizer("rtn", bits=bits, group_size=-1, clip=True)
-        theirs, other = judge(rtn)
         if comq.per_layer:
             continue
+        rtn = tersor.quantizer("rtn", bits=bits, group_size=-1, clip=True)
+        theirs, other = judge(rtn)
         yield Row(
             claim=f"accuracy above rtn's with clip search at {words}",
             metric="per cent of 600 digits right",
