@@ -81,7 +81,7 @@ class NUPES(Quantizer):
     group_size: int = field(128, help="weights that share a scale; -1: a whole row")
     clip: bool = field(False, help="search the scale of each group for the least squared error")
     steps: int = field(16, at_least(0), help="steps of learning, given calibration data; 0: none, and such data is not used")
-    rate: float = field(0.2, between(0, 1), help="how far a code may move in the first step of learning; falls to 0")
+    rate: float = field(0.1, between(0, 1), help="how far a code may move in the first step of learning; falls to 0")
     sweeps: int = field(3, at_least(0), help="passes over the columns after learning")
     damp: float = field(0.01, between(0, 1), help="damping, as a fraction of the Hessian's mean diagonal")
 
