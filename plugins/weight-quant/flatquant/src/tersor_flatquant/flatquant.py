@@ -93,7 +93,7 @@ class FlatQuant(Quantizer):
     def _alone(self, weight: Tensor, inputs: Tensor) -> dict[str, Any]:
         """What is learned of a layer (out x in) by itself, from its ``inputs`` (samples x in)."""
         with torch.enable_grad():
-            layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(normalise(weight, exponent_of(weight)), requires_grad=False)
             inputs = inputs / inputs.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             rows = [inputs[i::PARTS] for i in range(min(PARTS, len(inputs)))]
