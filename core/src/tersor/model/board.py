@@ -238,7 +238,7 @@ def perplexities(model: Any, tokenizer: Any, protocol: Protocol) -> dict[str, fl
     """By text, over the protocol's tokens."""
     from tersor.model import perplexity, token_ids
 
-    out = {}
+    out: dict[str, float] = {}
     for name, text in protocol.texts.items():
         count = min(protocol.tokens, 2049) if out else protocol.tokens
         out[name] = perplexity(model, token_ids(tokenizer, text, count), window=1024)

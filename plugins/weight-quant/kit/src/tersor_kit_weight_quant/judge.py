@@ -2,7 +2,7 @@
 
 All 210 linear layers are quantized block by block. WikiText-2, where it is at hand: the first 8,193 tokens of the test split judge,
 windows from the later parts of it calibrate. The text that ships with Python (a language reference): 2,049 held-out tokens judge,
-windows from between them calibrate. Bits are those of the written files, 8 * bytes / weights, headers included.
+windows from other parts of it calibrate. A method is calibrated once, with as many windows of the one as of the other. Bits are those of the written files, 8 * bytes / weights, headers included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COUNTS = (2, 2, 2, 1)
 @attrs.frozen
 class Verdict:
     """``bits``: measured, for each weight of the quantized layers. ``perplexity``: by text. ``seconds``: of quantization, the passes over the
-    calibration data included (of the first text); ``layer_seconds``: what of it the method took."""
+    calibration data included; ``layer_seconds``: what of it the method took."""
 
     method: str
     bits: float
@@ -51,7 +51,10 @@ def windows(tokenizer: Any, text: str, count: int, seed: int, skip: tuple[int, i
 
 
 class Judge:
-    """Judges methods on SmolLM2-135M; see the module. ``batches``: calibration windows of 512 tokens for each text."""
+    """Judges methods on SmolLM2-135M; see the module. ``batches``: calibration windows of 512 tokens, of all texts together.
+
+    ``tests``: by text, the tokens that judge. ``known``: by text, ``batches`` windows that may calibrate.
+    """
 
     def __init__(self, seed: int = 0, batches: int = 16) -> None:
         from tersor.model import token_ids
@@ -67,6 +70,14 @@ class Judge:
         middle = len(english) // 2
         self.tests[PYTHON] = token_ids(tokenizer, english[middle:], 2049)
         self.known[PYTHON] = windows(tokenizer, english, batches, seed, (middle, middle + 20_000))
+
+    @property
+    def calibration(self) -> list[torch.Tensor]:
+        """``batches`` windows, as many of each text: those of even number of its own."""
+        several = len(self.known)
+        return [w for texts in zip(*(known[::several] for known in self.known.values()), strict=True) for w in texts][
+            : self.batches
+        ]
 
     @functools.cached_property
     def float32(self) -> dict[str, float]:
@@ -88,23 +99,15 @@ class Judge:
         from tersor.model.board import Stopwatch
 
         method = as_method(method)
-        perplexity: dict[str, float] = {}
-        bits = spent = own = 0.0
-        changed = None
-        for text in self.tests:
-            if changed is None or method.calibration != "none":
-                changed = copy.deepcopy(self.model)
-                start = time.perf_counter()
-                with Stopwatch() as watch:
-                    payloads = quantize(changed, method, self.known[text] if method.calibration != "none" else [], recipe)
-                if not bits:
-                    weights = sum(p.spec.size for p in payloads.values())
-                    bits = 8 * sum(p.nbytes for p in payloads.values()) / weights
-                    spent, own = time.perf_counter() - start, watch.seconds
-                if layers:
-                    place_layers(changed, payloads)
-            perplexity[text] = self._perplexity(changed, text)
-        return Verdict(str(method), bits, perplexity, spent, own)
+        changed = copy.deepcopy(self.model)
+        start = time.perf_counter()
+        with Stopwatch() as watch:
+            payloads = quantize(changed, method, self.calibration if method.calibration != "none" else [], recipe)
+        seconds = time.perf_counter() - start
+        bits = 8 * sum(p.nbytes for p in payloads.values()) / sum(p.spec.size for p in payloads.values())
+        if layers:
+            place_layers(changed, payloads)
+        return Verdict(str(method), bits, {t: self._perplexity(changed, t) for t in self.tests}, seconds, watch.seconds)
 
     def baseline(self, method: Any, bits: float) -> Verdict:
         """The coarsest setting of a method with ``bits`` and ``group_size`` that takes at least ``bits`` bits a weight, measured.
@@ -173,9 +176,9 @@ def matched(name: str, bits: float) -> str:
     plain = as_method(name)
     found: list[tuple[float, str]] = []
     for whole in range(max(2, int(bits) - 1), min(8, int(bits) + 1) + 1):
-        for group in (-1, 512, 256, 192, 128, 96, 64, 48, 32, 24, 16, 8):
-            if (whole, group) == (4, 32):
-                continue  # the model's weights lie on such a grid, so that 4 bits in groups of 32 change nothing
+        for group in (-1, 512, 256, 192, 128, 96, 64, 48, 40, 36, 32, 24, 16, 8):
+            if whole >= 4 and group <= 32:
+                continue  # the model's weights lie on a grid of 4 bits in blocks of 32, so that such groups change next to nothing
             candidate = type(plain).build(**{**plain.settings(), "bits": whole, "group_size": group})
             same_size = type(plain).build(**{**candidate.settings(), "clip": False})  # and faster
             found.append((_measured(same_size), str(candidate)))
