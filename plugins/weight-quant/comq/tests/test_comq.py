@@ -61,7 +61,8 @@ def paper(w, x, bits, size, per_layer, sym, clip, order, sweeps) -> torch.Tensor
             slope, curvature = (seen * wanted).sum(0), seen.square().sum(0)
             if per_layer:
                 slope, curvature = slope.sum(), curvature.sum()
-            scale[:, g] = (slope / curvature).half().double()
+            best = (slope / curvature).half().double().expand(out)
+            scale[:, g] = torch.where(best > 0, best, scale[:, g])  # where all codes are 0 any scale does
             q[:, mine] = code[:, mine] * scale[:, g, None]
     return q
 

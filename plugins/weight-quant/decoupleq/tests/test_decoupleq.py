@@ -49,7 +49,7 @@ def test_scales_and_zeros_are_the_least_squares_solution(out: int, columns: int,
 
 
 @pytest.mark.parametrize("descent", [0, 1])
-def test_near_the_best_of_all_codes_and_floats(descent: int) -> None:
+def test_between_the_best_of_all_codes_and_rounding(descent: int) -> None:
     """All 4^5 codes of rows of five weights, each with its least squares scale and zero."""
     every = torch.tensor(list(itertools.product(range(4), repeat=5))).double()
     ratios = []
@@ -62,11 +62,10 @@ def test_near_the_best_of_all_codes_and_floats(descent: int) -> None:
         method = tersor.quantizer("decoupleq", group_size=-1, damp=0.0, descent=descent, iterations=6)
         ours = lost(w, method.dequantize(method.quantize(w, x)), x)
         rtn = tersor.quantizer("rtn", bits=2, group_size=-1, clip=True)
-        assert ours >= best * 0.999
+        assert ours >= best * 0.999  # nothing is lost in the measure
         ratios.append((ours / best, lost(w, rtn.dequantize(rtn.quantize(w, x)), x) / best))
     median = torch.tensor(ratios).median(0).values
-    assert float(median[0]) < 2.5, median
-    assert float(median[0]) < 0.5 * float(median[1]), median
+    assert float(median[0]) < 0.25 * float(median[1]), median
 
 
 @pytest.mark.parametrize("clip", [False, True])

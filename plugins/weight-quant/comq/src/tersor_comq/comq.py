@@ -78,7 +78,8 @@ class COMQ(Quantizer):
         flat = x.reshape(self._flat(spec))
         grid = fit_grid(flat, self.bits, self.group_size, self.sym, CLIP_RATIOS if self.clip else ())
         scale = grid.scale.float().T.expand(-1, rows).contiguous()  # groups x out
-        low = -grid._zero().T.expand(-1, rows)
+        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if grid.zero is None else grid.zero.float().T.expand(-1, rows)
+        low = -zero
         high = low + (2**self.bits - 1)
 
         columns = normalise(x, exponent_of(x)).T.contiguous()  # in x out
@@ -149,7 +150,9 @@ def _descend_greedily(
     n = columns.shape[0]
     diagonal = hessian.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-    block = max(32, n // 12)  # positions between matrix products: their cost, n / block products, against that of gathering
+    block = min(
+        max(32, n // 12), 256
+    )  # positions between matrix products: their cost, n / block products, against that of gathering
     flat = hessian.reshape(-1)
     for rows in torch.arange(columns.shape[1], device=columns.device).split(_CHUNK):
         order = influence[:, rows].T.argsort(dim=1, descending=True, stable=True)

@@ -111,9 +111,9 @@ class DecoupleQ(Quantizer):
                 descend(weight, error, hessian, round_)
             return q
 
-        grid = fit_grid(x, self.bits, size, False, CLIP_RATIOS if self.clip else ())
+        grid = fit_grid(x, self.bits, size, False, CLIP_RATIOS if self.clip else ())  # (code - zero) * scale
         s = grid.scale.float().T.contiguous()
-        z = ((half - grid._zero().T) * s).half().float()
+        z = ((half - grid.zero.float().T) * s).half().float()  # type: ignore[union-attr]
         q = round_all(s, z)
         least = quadratic(spread(s, z, q), hessian)
         for _ in range(self.iterations):
@@ -138,6 +138,11 @@ class DecoupleQ(Quantizer):
     def _floats(self, s: Tensor, z: Tensor, q: Tensor, error: Tensor, hessian: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """The s and z (groups x out, in float16's values) of least error given Q: for each row 2 x groups equations."""
         groups, rows = s.shape
+        step = max(1, _SYSTEM // (2 * groups) ** 2)
+        if rows > step:
+            some = zip(*(t.split(step, 1) for t in (s, z, q, error)), strict=True)
+            new_s, new_z = zip(*(self._floats(*part, hessian, place) for part in some), strict=True)
+            return torch.cat(new_s, 1), torch.cat(new_z, 1)
         member = torch.nn.functional.one_hot(place, groups).T.to(q.dtype)  # groups x in
         # codes less their mean in the group, so that scale and offset are independent and a constant group has no slope
         mean = (member @ q).div_(member.sum(1, keepdim=True))
@@ -155,9 +160,7 @@ class DecoupleQ(Quantizer):
         between[:, groups:, :groups] = between[:, :groups, groups:].transpose(1, 2)
         diagonal = between.diagonal(dim1=1, dim2=2)
         diagonal += _RIDGE * (diagonal + diagonal.mean(1, keepdim=True))
-        step = max(1, _SYSTEM // (2 * groups) ** 2)
-        parts = zip(between.split(step), target.T.double().split(step), strict=True)
-        found = torch.cat([torch.linalg.solve_ex(b, t)[0] for b, t in parts]).float().T
+        found = torch.linalg.solve_ex(between, target.T.double())[0].float().T
         found = torch.where(torch.isfinite(found), found, 0.0)
         z = z + found[groups:] - found[:groups] * mean
         s = s + found[:groups]
