@@ -79,7 +79,7 @@ class GPTVQ(Quantizer):
       conjugate gradients where the paper takes 25 steps of gradient descent.
     - **Codebook compression** (``codebook``, section 4.4): ``"int8"`` with a scale in float16 for each; ``"float16"``: none;
       ``"svd"`` (``dim`` 1): codebooks are sorted, stacked, reduced to half their rank, both factors updated, the first kept in int8.
-    - ``act_order`` (not in the paper): columns of large activations first. The order is stored, about 10 bits a column.
+    - ``act_order`` (GPTQ's, not in the paper): columns of large activations first. The order is stored, about 10 bits a column.
 
     Stored: codes at ``bits * dim`` bits for ``dim`` weights, codebooks, scales. Columns that were never active become about 0.
 
@@ -99,7 +99,7 @@ class GPTVQ(Quantizer):
     codebook: str = field("int8", one_of("int8", "float16", "svd"), help="how codebooks are kept")
     scale_block: int = field(0, at_least(0), help="weights of a row that share a 4-bit scale; 0: none")
     update: bool = field(True, help="fit the codebooks to the layer's error once all columns are rounded")
-    act_order: bool = field(False, help="round columns of large activations first")
+    act_order: bool = field(True, help="round columns of large activations first")
     iterations: int = field(10, at_least(0), help="steps of EM")
     damp: float = field(0.01, between(0, 1), help="damping, as a fraction of the Hessian's mean diagonal")
 
@@ -139,7 +139,7 @@ class GPTVQ(Quantizer):
         values = self._entries * self.dim
         cost = {"int8": 8 * values + 16, "float16": 16 * values, "svd": 8 * self._rank}[self.codebook]
         affordable = max(1, int(rows * n * self.overhead / cost))
-        blocks = min(-(-n // _COLUMNS), affordable)
+        blocks = max(min(-(-n // _COLUMNS), affordable), affordable // rows)
         unit = self.scale_block or self.dim
         width = -(-columns // (blocks * unit)) * unit
         blocks = -(-columns // width)
@@ -189,6 +189,7 @@ class GPTVQ(Quantizer):
             error -= value.view_as(error)
 
         feedback(target.clone(), factor, at.width, enter, round_, step=dim)
+        scale = scale * real.view(-1)  # what is not there has no part in what follows
         parts: dict[str, Any] = {}
         seen = torch.zeros(at.columns, at.columns, device=x.device)
         seen[:n, :n] = hessian[order][:, order]
@@ -288,13 +289,14 @@ class GPTVQ(Quantizer):
         rows, n = spec.shape
         at = self._layout(rows, n)
         shape = (at.blocks, at.groups, self._entries, self.dim)
-        stored = (at.blocks, at.groups, self._rank) if self.codebook == "svd" else shape
+        rank = min(self._rank, at.blocks * at.groups)
+        stored = (at.blocks, at.groups, rank) if self.codebook == "svd" else shape
         kind = torch.float16 if self.codebook == "float16" else torch.int8
         books = parts["books"]
         if books.dtype != kind or tuple(books.shape) != stored:
             raise ValueError(f"books: {books.dtype} {tuple(books.shape)}, where {kind} {stored} fits")
         if self.codebook == "svd":
-            books = _product(books.float(), _checked(parts["basis"], (self._rank, self._entries))).view(shape)
+            books = _product(books.float(), _checked(parts["basis"], (rank, self._entries))).view(shape)
         elif self.codebook == "int8":
             books = from_int8(books, _checked(parts["book_scale"], shape[:2]))
         codes = unpack(parts["codes"], self.bits * self.dim, at.columns // self.dim * rows).long().view(-1, rows)
@@ -305,7 +307,7 @@ class GPTVQ(Quantizer):
             table = {k: _checked(parts[k], (blocks,)) for k in ("low", "ratio")}
             table["scales"] = unpack(parts["scales"], _SCALE_BITS, blocks * rows).view(blocks, rows)
             out = out * _scales_of(table).repeat_interleave(self.scale_block, 0)[:n]
-        limit = torch.finfo(getattr(torch, spec.dtype)).max
+        limit = min(torch.finfo(getattr(torch, spec.dtype)).max, torch.finfo(torch.float32).max)
         out = (out * math.ldexp(1.0, _exponent(parts["exponent"]))).clamp_(-limit, limit)
         if self.act_order:
             out = torch.empty_like(out).index_copy_(0, unpack_order(parts["order"], n), out)

@@ -73,8 +73,9 @@ def mahalanobis_seeds(vectors: Tensor, entries: int, known: Tensor | None = None
     centred = vectors - ((vectors * known[:, None]).sum(2) / count[:, None])[:, :, None]
     centred *= known[:, None]
     spread = centred @ centred.transpose(1, 2)
-    # a group whose vectors lie in a subspace has no inverse: a little of its mean variance is added
-    spread += (spread.diagonal(dim1=1, dim2=2).mean(1) * 1e-4 + 1e-30)[:, None, None] * torch.eye(dim, device=vectors.device)
+    # a group whose vectors lie in a subspace has no inverse: a little of each variance is added
+    variance = spread.diagonal(dim1=1, dim2=2)
+    spread = spread + torch.diag_embed(1e-4 * variance + 1e-10 * variance.mean(1, keepdim=True) + 1e-30)
     distance = (torch.linalg.solve(spread, centred) * centred).sum(1)
     order = distance.masked_fill_(~known, torch.inf).argsort(stable=True, dim=1)
     at = (torch.linspace(0, 1, entries, device=vectors.device) * (count - 1)[:, None]).round().long()
@@ -99,14 +100,14 @@ def kmeans(vectors: Tensor, weights: Tensor, seeds: Tensor, steps: int) -> Tenso
         distance = torch.empty(c.shape[0], entries, part, device=c.device)
         for _ in range(steps):
             rule = torch.cat([-2 * c, c * c], 2)
-            sums = torch.zeros_like(rule)
+            sums = torch.zeros(c.shape[0], 2 * dim, entries, device=c.device)
             for i in range(0, number, part):
                 f = features[:, :, i : i + part]
                 d = torch.bmm(rule, f, out=distance) if f.shape[2] == part else torch.bmm(rule, f)
                 torch.eq(d, d.amin(1, keepdim=True), out=d)
-                sums.baddbmm_(d, f.transpose(1, 2))
-            mass = sums[:, :, dim:]
-            new = torch.where(mass > 0, sums[:, :, :dim] / mass, c)
+                sums.baddbmm_(f, d.transpose(1, 2))
+            total, mass = sums.transpose(1, 2).split(dim, 2)
+            new = torch.where(mass > 0, total / mass, c)
             if torch.equal(new, c):
                 break
             c.copy_(new)

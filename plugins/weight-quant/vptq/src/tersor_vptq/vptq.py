@@ -47,7 +47,7 @@ class VPTQ(Quantizer):
       leaves, for the difference to the first entry. An index of ``bits * vector`` bits is split into two.
     - **Outliers** (``outliers``, section 3.3): this fraction of the columns, those of the largest activations, has a codebook of
       its own, of pairs of values and 2^(2 * outlier_bits) entries.
-    - **Normalisation** (``norm``, the authors' code): each column (or row) less its least value, over its range, both in float16.
+    - **Normalisation** (``norm``, the authors' code): each column less its least value, over its range, both in float16.
     - **Codebook update** (``update``): with assignments fixed, the entries that minimise the layer's error, by conjugate
       gradients. It stands for the paper's fine-tuning of centroids by gradients, and takes no training.
 
@@ -129,10 +129,11 @@ class VPTQ(Quantizer):
         norm = self._ranges(weight[:, :rows])
         scale, bias = norm.float().unbind(1)
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        weight = weight - bias[:, None]  # of the unit that the codebooks have, times the scale
+        weight[:, :rows] -= bias[:, None]  # of the unit that the codebooks have, times the scale
 
         # Hessian-weighted centroid initialisation
-        cost = (hessian.diagonal() * scale.square())[:, None] * (torch.arange(height, device=x.device) < rows)
+        real = (torch.arange(height, device=x.device) < rows).float()  # not there to fill up a vector
+        cost = (hessian.diagonal() * scale.square())[:, None] * real
         unit = weight * inverse[:, None]
         books = {}
         if outliers:
@@ -169,7 +170,7 @@ class VPTQ(Quantizer):
 
         if self.update:
             damped = hessian + self.damp * hessian.diagonal().mean() * torch.eye(n, device=x.device)
-            books = self._update(books, codes, weight, scale, damped, outliers)
+            books = self._update(books, codes, weight, scale[:, None] * real, damped, outliers)
         parts: dict[str, Any] = {"order": pack_order(order), "exponent": exponent}
         for name, book in books.items():
             bits, vector = self._stages[name]
@@ -208,13 +209,13 @@ class VPTQ(Quantizer):
             out = torch.zeros_like(weight)
             for name, places in index.items():
                 out[rows_of[name]] += lookup(book, places)
-            return out.mul_(scale[:, None])
+            return out.mul_(scale)
 
         def slope(error: Tensor) -> Tensor:
-            error = error.mul_(scale[:, None])
+            error = error.mul_(scale)
             return torch.stack([collect(error[rows_of[name]], places, (1, starts)) for name, places in index.items()]).sum(0)
 
-        bend = (scale.square() * hessian.diagonal())[:, None].expand_as(weight)
+        bend = scale.square() * hessian.diagonal()[:, None]
         curvature = sum(collect(bend[rows_of[name]].contiguous(), places, (1, starts)) for name, places in index.items())
         start = torch.cat([b.reshape(1, -1) for b in books.values()], 1)
         found = fit_codebooks(weight, hessian, start, value, slope, curvature, _UPDATES)
@@ -241,7 +242,7 @@ class VPTQ(Quantizer):
         exponent = parts["exponent"]
         if type(exponent) is not int or abs(exponent) > 120:
             raise ValueError(f"exponent: {exponent!r}, where an integer from -120 to 120 fits")
-        limit = torch.finfo(getattr(torch, spec.dtype)).max
+        limit = min(torch.finfo(getattr(torch, spec.dtype)).max, torch.finfo(torch.float32).max)
         out = (out * math.ldexp(1.0, exponent)).clamp_(-limit, limit)
         return torch.empty_like(out).index_copy_(0, unpack_order(parts["order"], n), out).T
 
