@@ -69,7 +69,8 @@ def closure(name, own):
 pytestmark = pytest.mark.xdist_group("packaging")
 
 _OWN = {project(f)["name"]: project(f)["dependencies"] for f in PROJECTS}
-_METHODS = [(project(f)["name"], f) for f in PROJECTS if any(k.startswith("tersor.") for k in project(f).get("entry-points", {}))]
+_KINDS = {f"tersor.{kind}" for kind in ("codec", "quantizer", "pruner", "decoder")}
+_METHODS = [(project(f)["name"], f) for f in PROJECTS if _KINDS & set(project(f).get("entry-points", {}))]
 
 #: Reads {"site", "preload", "methods": {name: path}}; for each method a fork whose path holds the site and the method's wheels
 #: checks it. Libraries are imported once, before the forks, so that hundreds of methods take seconds each and not an import.
