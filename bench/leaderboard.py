@@ -25,7 +25,7 @@ linear layers. Made by `make leaderboard`; on a model of your own: `tersor bench
 {protocol}
 
 Bits are those of the written files, scales, codebooks, outliers, masks and headers included, for each quantized weight. A star marks rows that
-no other beats in bits and perplexity at once. Times: {threads} thread(s) of {machine}; `method s` is the method's own work, the rest being passes of the calibration data;
+no other beats in bits and perplexity at once. Times: {threads} thread(s) of {machine}, with one thread processor time; `method s` is the method's own work, the rest being passes of the calibration data;
 `x gptq` compares whole times with gptq's row at the nearest bits. Peak memory is beyond the loaded model. `tokens/s` are decoded greedily, one sequence, by what `runs`
 says. Rows in italics are other libraries, in groups of 64 where they refuse a shorter last group; their bits are counted from the tensors that they keep. Differences below
 10 % in perplexity mean little on {tokens} tokens.
@@ -101,7 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     from tersor.progress import on_terminal
 
     protocol = board.standard(given.samples, given.tokens)
-    methods = board.configurations((*board.BITS, 8), given.names or None)
+    methods = board.configurations(board.BITS, given.names or None)
+    if not given.names:  # of those that have 8 bits alone
+        only = {m.partition(":")[0] for m in methods}
+        methods += [m for m in board.configurations((8,)) if m.partition(":")[0] not in only]
     others = {} if given.no_peers or given.names else dict.fromkeys(peers.ROWS, "bench.peers")
     if given.part:
         k, n = map(int, given.part.split("/"))
