@@ -87,7 +87,7 @@ def processor() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.leaderboard", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods (the page is then only printed)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods or peers (the page is then only printed)")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens (16)")
     parser.add_argument("--tokens", type=int, default=8193, help="tokens of each text that judge (8193)")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
@@ -101,11 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
     from tersor.progress import on_terminal
 
     protocol = board.standard(given.samples, given.tokens)
-    methods = board.configurations(board.BITS, given.names or None)
+    chosen = [n for n in given.names if n not in peers.ROWS]
+    methods = board.configurations(board.BITS, chosen or None) if chosen or not given.names else []
     if not given.names:  # of those that have 8 bits alone
         only = {m.partition(":")[0] for m in methods}
         methods += [m for m in board.configurations((8,)) if m.partition(":")[0] not in only]
-    others = {} if given.no_peers or given.names else dict.fromkeys(peers.ROWS, "bench.peers")
+    others = {p: "bench.peers" for p in peers.ROWS if p in given.names or not (given.no_peers or given.names)}
     if given.part:
         k, n = map(int, given.part.split("/"))
         mine = [*methods, *others][k - 1 :: n]
