@@ -103,9 +103,6 @@ def main(arguments: list[str] | None = None) -> int:
     protocol = board.standard(given.samples, given.tokens)
     chosen = [n for n in given.names if n not in peers.ROWS]
     methods = board.configurations(board.BITS, chosen or None) if chosen or not given.names else []
-    if not given.names:  # of those that have 8 bits alone
-        only = {m.partition(":")[0] for m in methods}
-        methods += [m for m in board.configurations((8,)) if m.partition(":")[0] not in only]
     others = {p: "bench.peers" for p in peers.ROWS if p in given.names or not (given.no_peers or given.names)}
     if given.part:
         k, n = map(int, given.part.split("/"))

@@ -201,7 +201,7 @@ def test_leaderboard_refuses_what_it_cannot_do(folder, run) -> None:
     code, _, err = run("bench", folder, "--with", "rtn", "--bits", "4")
     assert code == 2
     assert "--bits belongs to" in err
-    code, _, err = run("bench", folder, "--kind", "quantizer", "--with", "rtn", "--bits", "1")
+    code, _, err = run("bench", folder, "--kind", "quantizer", "--with", "fsq", "--bits", "1")
     assert code == 2
     assert "no setting for" in err
 

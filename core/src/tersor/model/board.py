@@ -66,7 +66,8 @@ def standard(samples: int = 16, tokens: int = 8193) -> Protocol:
 
 
 def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = None) -> list[str]:
-    """The strings of all installed weight quantizers at about these bits, by their ``at_bits``; ``names``: of these only, or strings with settings
+    """The strings of all installed weight quantizers at about these bits, by their ``at_bits``, or at 8 where they have nothing
+    else; ``names``: of these only, or strings with settings
     as they are. A method that cannot be imported is left out with a warning.
 
     Raises the lookup errors for names.
@@ -91,7 +92,7 @@ def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = Non
                 raise
             warnings.warn(f"{name} is left out: {error}", stacklevel=2)
             continue
-        found = [str(m) for b in bits for m in cls.at_bits(b)]
+        found = [str(m) for b in bits for m in cls.at_bits(b)] or [str(m) for m in cls.at_bits(8)]
         if chosen and not found:
             raise ConfigError(
                 f"{name} has no setting for {', '.join(map(str, bits))} bits; give one: --with {name}:SETTING=VALUE"
