@@ -285,7 +285,10 @@ def _compress_blocks(
                 )
         yield from compress(outside, {t.name: done(t.name) for t in outside}, {})
         whole = len(blocks) == 1 and blocks[0] is model
-        states, others = _first_inputs(model, blocks, batches) if calibrated and not whole else ([], {})
+        # the last block that data has to reach: beyond it no method wants inputs, or to look at a block
+        seeing = [t.block for t in targets if t.method.calibration != "none" and _sees(t.method)] if calibrated else []
+        watched = max(seeing, default=-1)
+        states, others = _first_inputs(model, blocks, batches) if watched >= 0 and not whole else ([], {})
         for number in track(range(len(blocks)), "blocks"):
             mine = by_block.get(number, [])
             if number in others:  # masks or positions of its own
@@ -313,11 +316,16 @@ def _compress_blocks(
 
                 seen = gather(block, wishes, runs, model)
             yield from compress(mine, ready, seen)
-            if calibrated and number < len(blocks) - 1 and not whole:
+            if number < watched and not whole:
                 block = model.get_submodule(f"{prefix}.{number}")
                 for i, (args, kwargs) in enumerate(states):
                     out = block(*args, **kwargs)
                     states[i] = ((out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
+
+
+def _sees(method: Any) -> bool:
+    """Whether a method wants anything of what passes through the blocks while they are compressed."""
+    return method.studies == "block" or not {"gram", "inputs"}.isdisjoint(method.wants)
 
 
 def _wishes(targets: list[_Target], batches: int) -> dict[str, Wish]:
