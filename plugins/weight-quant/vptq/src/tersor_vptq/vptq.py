@@ -93,8 +93,8 @@ class VPTQ(Quantizer):
 
     @classmethod
     def at_bits(cls, bits: int) -> list[VPTQ]:
-        """Codebooks of 2^8 entries; above 2 bits with a residual stage."""
-        known = {2: {}, 3: {"residual": 4}, 4: {"residual": 8}, 8: {"vector": 2, "residual": 8, "outlier_bits": 7}}
+        """Vectors of 4 values at 2 bits, of 2 at 3; above that with a residual stage."""
+        known = {2: {}, 3: {"vector": 2}, 4: {"residual": 8}, 8: {"vector": 2, "residual": 8, "outlier_bits": 7}}
         return [cls(bits=bits, **known[bits])] if bits in known else []
 
     def _sizes(self, rows: int, n: int) -> tuple[int, int]:
