@@ -34,7 +34,9 @@ def build(tmp_path_factory):
             "vocab_size": 320, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 0, **changes,
         }  # fmt: skip
         config = getattr(transformers, f"{architecture}Config")(**shape)
-        getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
+        getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(
+            config
+        ).save_pretrained(folder)
         own = Tokenizer.from_str(bpe.to_str())
         if pre_tokenizer is not None:
             own.pre_tokenizer = pre_tokenizer

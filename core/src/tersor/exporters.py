@@ -312,9 +312,10 @@ def compress_to(source: Path, method: Any, out: str | os.PathLike[str], to: Any,
     config = source / "config.json"
     if config.is_file():
         try:
-            exporting.check(json.loads(config.read_text("utf-8")))
+            told = json.loads(config.read_text("utf-8"))
         except ValueError as error:
             raise InputError(f"{config} is not JSON: {error}") from error
+        exporting.check(told)
     between = target.with_name(f"{target.name}.tsr")
     if between.exists():
         raise InputError(f"{between} exists: a model whose export failed? `tersor export` goes on from it, or take it away")

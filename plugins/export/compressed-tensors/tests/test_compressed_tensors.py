@@ -188,7 +188,7 @@ def test_a_model_that_is_quantized_already_is_refused(packed, tmp_path):
 
 
 def test_layers_of_gpt2_are_no_linear_layers(build, packed, logits, tmp_path):
-    folder = build("GPT2", n_embd=64, n_layer=2, n_head=4)
+    folder = build("GPT2")
     source = packed("rtn:bits=4,group_size=32,sym=true", folder)
     with pytest.raises(tersor.ExportError, match=r"attn.c_attn.weight \(and 7 more\): it is not the weight of a torch.nn.Linear"):
         tersor.export(source, "compressed-tensors", tmp_path / "out")
@@ -232,17 +232,20 @@ def test_two_of_four_in_the_older_sparse_format(two_of_four, llama, packed, logi
     assert torch.equal(logits(read(plain.path)), logits(source))
 
 
-def test_sparse_weights_that_are_not_two_of_four(two_of_four, packed, llama, monkeypatch, tmp_path):
-    from tersor.model import compress_model
-
+def test_sparse_weights_that_are_not_two_of_four(packed, tmp_path):
     with pytest.raises(tersor.ExportError, match="has more than two weights that were kept"):
         tersor.export(packed("magnitude:keep=0.6"), "compressed-tensors:sparse24=true", tmp_path / "out")
+    with pytest.raises(tersor.ExportError, match="no multiple of 8"):
+        ct._places(torch.ones(2, 12, dtype=torch.bool))
+
+
+def test_sparse_and_quantized_in_one_model(two_of_four, llama, tmp_path):
+    from tersor.model import compress_model
+
     recipe = [["*.down_proj.weight", "rtn:bits=8,group_size=-1"]]
     source = compress_model(llama, "magnitude:scope=tensor", tmp_path / "model.tsr", recipe=recipe)
     with pytest.raises(tersor.ExportError, match=r"it is sparse, and .*down_proj.weight is quantized"):
         tersor.export(source, "compressed-tensors:sparse24=true", tmp_path / "out")
-    with pytest.raises(tersor.ExportError, match="no multiple of 8"):
-        ct._places(torch.ones(2, 12, dtype=torch.bool))
 
 
 def test_several_files(packed, logits, monkeypatch, tmp_path):
@@ -286,6 +289,10 @@ def test_what_is_written_decompresses_to_the_levels(data):
     plugin = tersor.exporter("compressed-tensors", format=packing)
     if groups > 1 and np.gcd(group, columns) < min(16, group):
         with pytest.raises(tersor.ExportError, match="at least 16 are needed"):
+            plugin._form(Given(), {"layer"})
+        return
+    if bits == 4 and rows <= 8 and not symmetric and packing == "pack-quantized":
+        with pytest.raises(tersor.ExportError, match="its zero points are one word of 32 bits"):
             plugin._form(Given(), {"layer"})
         return
     form = plugin._form(Given(), {"layer"})

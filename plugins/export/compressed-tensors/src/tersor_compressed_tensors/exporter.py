@@ -1,4 +1,4 @@
-"""Folders in the format of compressed-tensors (https://github.com/vllm-project/compressed-tensors), for transformers and vLLM."""
+"""Folders in the format of compressed-tensors (https://github.com/vllm-project/compressed-tensors), which transformers reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Scheme(NamedTuple):
 
 @method
 class CompressedTensors(Exporter):
-    """A folder that ``AutoModelForCausalLM.from_pretrained`` reads with the package compressed-tensors, and vLLM without it.
+    """A folder that ``AutoModelForCausalLM.from_pretrained`` reads with the package compressed-tensors.
 
     Linear layers whose values are evenly spaced levels, of 1 to 8 bits, become
 
@@ -136,6 +136,11 @@ class CompressedTensors(Exporter):
             raise ExportError("its scales are not exact in float16; dtype=float32 holds them")
         if u.zero is not None and not bool(((u.zero == u.zero.round()) & (u.zero >= 0) & (u.zero < 1 << u.bits)).all()):
             raise ExportError(f"its zero points are not whole numbers of {u.bits} bits")
+        if u.zero is not None and self.format == "pack-quantized" and u.bits == 4 and len(u.codes) <= 8:
+            raise ExportError(
+                f"it has {len(u.codes)} rows, and its zero points are one word of 32 bits, which compressed-tensors 0.20 fails to unpack; "
+                f"format=int-quantized, or symmetric levels"
+            )
         return Scheme(u.bits, u.zero is None, group, self.format)
 
     def _parts(self, t: ModelTensor, form: Scheme | str) -> dict[str, Tensor]:
@@ -238,7 +243,7 @@ def _places(mask: Tensor) -> Tensor:
     quads = mask.reshape(-1, 4)
     if bool((quads.sum(1) > 2).any()):
         raise ExportError("a run of four has more than two weights that were kept, and only 2:4 has a sparse format")
-    first = quads.to(torch.int8).sort(1, descending=True, stable=True).indices[:, :2]
+    first = quads.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :2]
     return torch.zeros_like(quads).scatter_(1, first, True).reshape(rows, columns)
 
 

@@ -49,42 +49,49 @@ class GGUF(Exporter):
         network.check(config)
 
     def _export(self, model: ExportModel, out: Path) -> dict[str, str]:
-        config, known = model.config, network.names(model.config)
+        config = model.config
         for name, first in model.ties.items():
             if (name, first) != ("lm_head.weight", "model.embed_tokens.weight"):
                 raise ExportError(f"gguf: {name} and {first} are one tensor; GGUF's llama ties only the head to the embedding")
-        writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA], use_temp_file=True)
+        writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
         try:
             network.add_metadata(writer, config, model.name)
             add_tokenizer(writer, model.files if self.tokenizer else {}, int(config["vocab_size"]), self.pre)
-            written: dict[str, str] = {}
-            problems: dict[str, str] = {}
-            for t in track(model, "exporting"):
-                name = known.get_name(t.name, (".weight",))
-                try:
-                    if name is None:
-                        raise ExportError("GGUF's llama has no such tensor")
-                    kind, raw = self._written(t)
-                except ExportError as error:
-                    problems[t.name] = str(error)
-                    continue
-                if not problems:
-                    writer.add_tensor(name, network.turned(t.name, raw, config), raw_dtype=kind)
-                    written[t.name] = kind.name
-            refuse("gguf", problems)
-            factors = network.rotary_factors(config)
-            if factors is not None:
-                writer.add_tensor("rope_freqs.weight", factors, raw_dtype=Type.F32)
+            # the header has the types and places of all tensors, so each is looked at twice, and one at a time is in memory
+            written = self._plan(model, writer)
+            if (factors := network.rotary_factors(config)) is not None:
+                writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes, Type.F32)
             blocks = Counter(kind for name, kind in written.items() if not model.tensors[name].kept)
             usual = Type[(blocks or Counter(written.values())).most_common(1)[0][0]]
             writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[usual]])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for t in track(model, "exporting"):
+                writer.write_tensor_data(network.turned(t.name, self._written(t)[1], config))
+            if factors is not None:
+                writer.write_tensor_data(factors)
         finally:
-            if writer.temp_file is not None:
-                writer.temp_file.close()
             writer.close()
+        return written
+
+    def _plan(self, model: ExportModel, writer: gguf.GGUFWriter) -> dict[str, str]:
+        """Announce every tensor to the writer; the type of each. ExportError where some fit none."""
+        known = network.names(model.config)
+        written: dict[str, str] = {}
+        problems: dict[str, str] = {}
+        for t in track(model, "checking"):
+            name = known.get_name(t.name, (".weight",))
+            try:
+                if name is None:
+                    raise ExportError("GGUF's llama has no such tensor")
+                kind, raw = self._written(t)
+            except ExportError as error:
+                problems[t.name] = str(error)
+                continue
+            writer.add_tensor_info(name, raw.shape, raw.dtype, raw.nbytes, kind)
+            written[t.name] = kind.name
+        refuse("gguf", problems)
         return written
 
     def _written(self, t: ModelTensor) -> tuple[Type, Any]:
