@@ -218,3 +218,21 @@ def test_a_method_that_fails_gives_a_row_with_its_error(folder, tmp_path) -> Non
     found = list(board.run(folder, ["gptq"], protocol, cache=tmp_path))
     assert "CalibrationError" in found[1]["error"]
     assert len(list(tmp_path.iterdir())) == 1  # an error is not kept
+
+
+def test_blocks_that_take_their_cache_by_position_see_each_input_once() -> None:
+    @method
+    class Rows(_Spy):
+        name = "cache-spy"
+        wants = ("inputs",)
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=53, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1)
+    net = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 53, (1, 9), generator=torch.Generator().manual_seed(0))
+    want = []
+    net.transformer.h[2].mlp.c_fc.register_forward_pre_hook(lambda _, args: want.append(args[0][0].clone()))
+    with torch.no_grad():
+        net(ids)
+    M.quantize(net, Rows(), [ids])  # the weights stay what they are
+    assert torch.allclose(SEEN["transformer.h.2.mlp.c_fc.weight"].inputs, want[0], atol=1e-5)

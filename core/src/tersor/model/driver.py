@@ -32,7 +32,7 @@ from tersor.io import _library
 from tersor.jobs import Lost, Pool
 from tersor.model.loading import as_folder, load_model
 from tersor.model.recipe import Recipe
-from tersor.model.statistics import ROWS, View, Wish, call, gather, layers, squared_gradients, thin_layers, transposed
+from tersor.model.statistics import ROWS, View, Wish, by_name, call, gather, layers, squared_gradients, thin_layers, transposed
 from tersor.progress import track
 from tersor.results import Calibration, Payload, Spec
 
@@ -143,7 +143,8 @@ def _first_inputs(model: Any, blocks: list[Any], batches: Iterable[Any]) -> tupl
 
     def hook(number: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal before, uniform
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+        args, kwargs = by_name(blocks[number], args, kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "layer_past", "use_cache")}
         if number == 0:
             if not args:
                 raise CalibrationError(

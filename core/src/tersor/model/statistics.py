@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -42,6 +43,15 @@ def transposed(module: Any) -> bool:
 def call(model: Any, batch: Any) -> Any:
     """The model's output for a batch: a tensor, a tuple of arguments, or a dict of them."""
     return model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def by_name(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, all but the first by name where the module's forward has names for them."""
+    known = list(inspect.signature(module.forward).parameters.values())
+    named = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) < 2 or len(named) < len(args):
+        return args, dict(kwargs)
+    return args[:1], {**dict(zip(named[1 : len(args)], args[1:])), **kwargs}
 
 
 @attrs.define
@@ -254,8 +264,11 @@ def gather(model: Any, wishes: Mapping[str, Wish], runs: Callable[[], Iterator[A
             held["attention"] = out[1]
 
     def begin(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = by_name(block, args, kwargs)
         held["hidden"] = args[0]
-        return args, {**kwargs, "attention_mask": additive_mask(block, args[0], kwargs.get("attention_mask"))}
+        if "attention_mask" in inspect.signature(block.forward).parameters:
+            kwargs["attention_mask"] = additive_mask(block, args[0], kwargs.get("attention_mask"))
+        return args, kwargs
 
     for module in {id(w.module): w.module for w in wishes.values()}.values():
         handles.append(module.register_forward_pre_hook(hook))
