@@ -88,7 +88,7 @@ def processor() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.leaderboard", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods or peers (the page is then only printed)")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens (16)")
+    parser.add_argument("--samples", type=int, default=8, help="calibration windows of 512 tokens (8)")
     parser.add_argument("--tokens", type=int, default=8193, help="tokens of each text that judge (8193)")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     parser.add_argument(

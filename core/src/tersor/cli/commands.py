@@ -431,7 +431,7 @@ def inspect_(source: str, as_json: bool) -> None:
     "--bits", type=click.IntRange(1, 8), multiple=True, help="With --kind: bits a weight; give several. Default: 2, 3 and 4."
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=16, show_default=True, help="With --kind: calibration windows of 512 tokens."
+    "--samples", type=click.IntRange(min=1), default=8, show_default=True, help="With --kind: calibration windows of 512 tokens."
 )
 @click.option(
     "--tokens", type=click.IntRange(min=2), default=8193, show_default=True, help="With --kind: tokens of the text that judge."

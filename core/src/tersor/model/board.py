@@ -40,29 +40,27 @@ class Protocol:
 
     calibration: str
     texts: dict[str, str]
-    samples: int = 16
+    samples: int = 8
     window: int = 512
     tokens: int = 8193
-    new_tokens: int = 32
+    new_tokens: int = 24
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(attrs.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def standard(samples: int = 16, tokens: int = 8193) -> Protocol:
-    """WikiText-2's test split where it is at hand (judged on its beginning, calibrated on later parts of it), and the text that ships
-    with Python (a language reference): calibrated on its first half where WikiText-2 is missing, judged on its second."""
+def standard(samples: int = 8, tokens: int = 8193) -> Protocol:
+    """WikiText-2's test split where it is at hand, judged on its beginning and calibrated on later parts of it; else the text that
+    ships with Python (a language reference), calibrated on its first half and judged on its second."""
     from tersor.data import english_text, wikitext2
 
-    english, wikitext = english_text(), wikitext2()
-    middle = len(english) // 2
-    texts = {"Python's documentation": english[middle:]}
+    wikitext, english = wikitext2(), english_text()
     if wikitext is None:
-        return Protocol(calibration=english[:middle], texts=texts, samples=samples, tokens=tokens)
-    return Protocol(
-        calibration=wikitext[100_000:], texts={"WikiText-2": wikitext[:100_000], **texts}, samples=samples, tokens=tokens
-    )
+        name, known, new = "Python's documentation", english[: len(english) // 2], english[len(english) // 2 :]
+    else:
+        name, known, new = "WikiText-2", wikitext[100_000:], wikitext[:100_000]
+    return Protocol(calibration=known, texts={name: new}, samples=samples, tokens=tokens)
 
 
 def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = None) -> list[str]:
