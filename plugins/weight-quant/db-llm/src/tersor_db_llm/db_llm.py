@@ -47,7 +47,7 @@ class DBLLM(Quantizer):
        deviates most, count more. ``distill="plain"`` weighs all tokens alike.
 
     A matrix alone gets the first part. In a network each step sees ``window`` tokens of one batch; the paper trains on
-    generated text for far longer. A step on SmolLM2-135M takes about 4 seconds on one thread.
+    generated text for far longer. A step on SmolLM2-135M takes about 6 seconds on one thread.
 
     Stored: codes 2 b1 + b2 at two bits, or entropy-coded where that is smaller (most bits of both planes are 0), and the two scales
     of a group in float16, one power of two set apart for weights of unusual size.
