@@ -176,3 +176,13 @@ def test_a_refusal_of_the_system_names_the_file_that_was_asked_for(tmp_path, mon
         tersor.codec("zstd").encode(b"x").save(tmp_path / "x.tsr")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
+
+
+def test_one_element_of_any_stride_is_stored() -> None:
+    torch = pytest.importorskip("torch")
+    from tersor.arrays import buffer
+
+    x = torch.as_strided(torch.arange(12).half(), (1, 1), (7, 5), 3)
+    name, shape, view = buffer(x)
+    assert (name, shape) == ("float16", (1, 1))
+    assert bytes(view) == x.clone().numpy().tobytes()

@@ -103,6 +103,8 @@ def buffer(x: Any) -> tuple[str, tuple[int, ...], memoryview]:
         name, shape = dtype_name(x), tuple(x.shape)
         torch = sys.modules["torch"]
         x = x.detach().cpu().contiguous().reshape(-1)
+        if x.numel() == 1 and x.stride() != (1,):  # contiguous to torch, whatever its stride
+            x = x.clone(memory_format=torch.contiguous_format)
         array = x.view(torch.uint8).numpy() if x.numel() else np.empty(0, np.uint8)
     else:
         x = np.asarray(x)
