@@ -17,17 +17,17 @@ BLOCKS = (1, 14, 28)
 
 
 class Outputs:
-    """The 21 linear layers of three blocks of SmolLM2-135M, each quantized alone.
+    """The linear layers of some blocks of SmolLM2-135M (by default the 21 of three blocks), each quantized alone.
 
     ``judge``: gives the model, the text that calibrates, and held-out text of the same source (WikiText-2 where it is at hand).
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, blocks: tuple[int, ...] = BLOCKS) -> None:
         text = next(iter(judge.tests))
         modules = {
             name: m
             for name, m in judge.model.named_modules()
-            if isinstance(m, torch.nn.Linear) and any(f".layers.{b}." in name for b in BLOCKS)
+            if isinstance(m, torch.nn.Linear) and any(f".layers.{b}." in name for b in blocks)
         }
         known = _grams(judge.model, modules, judge.known[text])
         new = _grams(judge.model, modules, [ids[None] for ids in judge.tests[text][:2048].split(512)])
@@ -50,7 +50,7 @@ class Outputs:
         mine, theirs = self(ours), self(other)
         return Row(
             claim=f"output error: {words}",
-            metric="relative squared output error, geometric mean of 21 layers, held-out text",
+            metric=f"relative squared output error, geometric mean of {len(self.layers)} layers, held-out text",
             ours=mine[0],
             baseline=theirs[0],
             baseline_name=other,
