@@ -227,7 +227,9 @@ def test_blocks_that_take_their_cache_by_position_see_each_input_once() -> None:
         wants = ("inputs",)
 
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=53, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1)
+    config = transformers.GPT2Config(
+        vocab_size=53, n_positions=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1
+    )
     net = transformers.GPT2LMHeadModel(config).eval()
     ids = torch.randint(0, 53, (1, 9), generator=torch.Generator().manual_seed(0))
     want = []
@@ -236,3 +238,8 @@ def test_blocks_that_take_their_cache_by_position_see_each_input_once() -> None:
         net(ids)
     M.quantize(net, Rows(), [ids])  # the weights stay what they are
     assert torch.allclose(SEEN["transformer.h.2.mlp.c_fc.weight"].inputs, want[0], atol=1e-5)
+
+
+def test_tokens_cannot_be_weighed_where_there_are_no_blocks() -> None:
+    with pytest.raises(tersor.CalibrationError, match="repeated blocks"):
+        M.quantize(llama(1), "rsq:group_size=8", BATCHES)

@@ -265,6 +265,10 @@ def gather(model: Any, wishes: Mapping[str, Wish], runs: Callable[[], Iterator[A
 
     def begin(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = by_name(block, args, kwargs)
+        if not args or not getattr(args[0], "is_floating_point", lambda: False)():
+            raise CalibrationError(
+                f"tokens are weighed in repeated blocks, whose input is hidden states; {type(block).__name__} gets something else"
+            )
         held["hidden"] = args[0]
         if "attention_mask" in inspect.signature(block.forward).parameters:
             kwargs["attention_mask"] = additive_mask(block, args[0], kwargs.get("attention_mask"))
