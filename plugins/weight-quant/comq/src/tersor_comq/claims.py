@@ -13,7 +13,7 @@ BITS = (4, 3, 2)
 
 @claim("the layers' output error is below that of methods that need no backpropagation either, one scale a channel")
 def output_error(seed: int) -> Iterator[Row]:
-    """Linear layers of SmolLM2-135M, calibrated on 16 windows of 512 tokens, judged on others; orders on those of one block."""
+    """Linear layers of SmolLM2-135M, calibrated on 8 windows of 512 tokens, judged on others; orders on those of one block."""
     from tersor_kit_weight_quant.judge import Judge
     from tersor_kit_weight_quant.outputs import Outputs
 

@@ -10,7 +10,7 @@ from tersor.evidence import Row, claim
 
 @claim("the layers' output error is below gptq's at equal measured bits")
 def output_error(seed: int) -> Iterator[Row]:
-    """21 linear layers of three blocks; calibrated on 16 windows of 512 tokens, judged on others."""
+    """21 linear layers of three blocks; calibrated on 8 windows of 512 tokens, judged on others."""
     from tersor_kit_weight_quant.judge import Judge, matched
     from tersor_kit_weight_quant.outputs import Outputs
 

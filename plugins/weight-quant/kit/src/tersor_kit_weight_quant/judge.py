@@ -56,7 +56,7 @@ class Judge:
     ``tests``: by text, the tokens that judge. ``known``: by text, ``batches`` windows that may calibrate.
     """
 
-    def __init__(self, seed: int = 0, batches: int = 16) -> None:
+    def __init__(self, seed: int = 0, batches: int = 8) -> None:
         from tersor.model import token_ids
 
         self.model, tokenizer = data.smollm2()

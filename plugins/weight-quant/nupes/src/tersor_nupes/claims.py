@@ -41,7 +41,7 @@ def learned(seed: int) -> Iterator[Row]:
 
 @claim("learned from data, the layers' output error is below that of the search without data, down to 2 bits")
 def output_error(seed: int) -> Iterator[Row]:
-    """21 linear layers of three blocks; calibrated on 16 windows of 512 tokens, judged on others."""
+    """21 linear layers of three blocks; calibrated on 8 windows of 512 tokens, judged on others."""
     from tersor_kit_weight_quant.outputs import Outputs
 
     outputs = Outputs(_judge(seed)[0])
