@@ -53,7 +53,7 @@ def perplexity(seed: int) -> Iterator[Row]:
     """
     from tersor_kit_weight_quant.judge import Judge
 
-    judge = Judge(seed)
+    judge = Judge(seed, batches=16)
     gradients = _gradients(judge)
     three, four = _verdict(judge, gradients, bits=3), _verdict(judge, gradients, bits=4)
     took = f"{three.seconds:.0f} s for 210 layers"
