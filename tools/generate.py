@@ -287,7 +287,7 @@ API = (
     ("tersor.bench", "Bench", "expand measure run plot"),
     ("tersor.model", "Models", ""),
     ("tersor.model.board", "Leaderboards", "Protocol standard configurations run measure table frontier plot"),
-    ("tersor.export", "Exports", "export Exporter"),
+    ("tersor.exporters", "Exports", "export exporter Exporter ExportModel ModelTensor Exported"),
     ("tersor.distributed", "Distributed training", "State hook"),
     ("tersor.zarr", "zarr", "TersorCodec TersorSerializer"),
     ("tersor.testing", "Conformance", "check_method assert_conforms Result TableSource greedy_tokens"),
