@@ -93,8 +93,8 @@ def rotary_factors(config: Mapping[str, Any]) -> Array | None:
     if rope["rope_type"] != "llama3":
         return None
     _, _, size = heads(config)
-    length = rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    length = rope.get("original_max_position_embeddings", 8192)
+    low, high, factor = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0), rope.get("factor", 8.0)
     wave = 2 * math.pi * float(rope["rope_theta"]) ** (np.arange(0, size, 2) / size)
     smooth = (length / wave - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
