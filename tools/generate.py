@@ -51,6 +51,8 @@ def gather(folders: dict[tuple[str, str], Path]) -> tuple[list[Method], list[tup
     installed = {(m["kind"], m["name"]): m for m in tersor.available()}
     methods, skipped, failures = [], [], []
     for (kind, name), folder in folders.items():
+        if kind == "exporter":  # no method; docs/engines.md has them
+            continue
         listed = installed.get((kind, name))
         if listed is None:
             skipped.append((kind, name))
