@@ -305,6 +305,7 @@ def run(
     peers = peers or {}
     for text in track(["float32", *methods, *peers], "leaderboard"):
         method = None if text == "float32" or text in peers else as_method(text)
+        text = text if method is None else str(method)
         key = hashlib.sha256(f"{base}|{text}|{sources_digest(method)}".encode()).hexdigest()[:32]
         path = place / f"{key}.json"
         if path.is_file():
