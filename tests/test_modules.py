@@ -97,6 +97,14 @@ def near(a, b) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+#: Networks that have no loss to differentiate, no attention to weigh tokens by, or layers that are never called.
+REFUSED = {
+    "squeezellm": ("mlp", "convolutions", "encoder", "tied"),
+    "mixllm": ("mlp", "convolutions", "encoder", "tied"),
+    "rsq": ("mlp", "convolutions", "encoder", "tied"),
+    "flatquant": ("encoder",),
+}
+
 #: Methods whose own layers also round activations, to 8 or 4 bits: by how much of themselves outputs may differ from those of the weights.
 ROUNDS = {"bitnet-b158": 0.03, "dgq": 0.03, "llm-int8": 0.03, "mixllm": 0.03, "flatquant": 0.5}
 
@@ -107,13 +115,11 @@ def test_every_weight_method_over_every_network(method: str, network: str) -> No
     chosen = tersor.registry.lookup(dict(METHODS)[method], method).examples()[0]
     _, batches, count = NETWORKS[network]
     dense, net = build(network), build(network)
-    try:
-        payloads = M.quantize(dense, chosen, batches)
-    except tersor.CalibrationError as error:  # no loss to differentiate, no attention to weigh tokens by
-        assert network != "llama"
-        assert method in ("squeezellm", "mixllm", "db-llm", "rsq", "flatquant")
-        assert len(str(error)) > 40
+    if network in REFUSED.get(method, ()):
+        with pytest.raises(tersor.CalibrationError, match="allowed|repeated blocks|needs calibration"):
+            M.quantize(dense, chosen, batches)
         return
+    payloads = M.quantize(dense, chosen, batches)
     assert len(payloads) == count
     again = M.compress_layers(net, chosen, batches)
     assert list(again) == list(payloads)

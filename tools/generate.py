@@ -273,7 +273,11 @@ def domain_table() -> str:
 API = (
     ("tersor.api", "Functions", "codec quantizer pruner decoder method available info compress decompress inspect"),
     ("tersor.jobs", "Many inputs", "compress_many decompress_many run Pool Lost"),
-    ("tersor.results", "Results and inputs", "Payload Codes Mask Decoded Spec Calibration Uniform Source Session TreeSession branching"),
+    (
+        "tersor.results",
+        "Results and inputs",
+        "Payload Codes Mask Decoded Spec Calibration Uniform Source Session TreeSession branching",
+    ),
     ("tersor.domains", "Domains", "Domain Audio Video"),
     ("tersor.kinds", "Base classes", "Method Codec Quantizer Pruner Decoder"),
     ("tersor.tokens", "Pruners of tokens", "TokenPruner Kept"),
