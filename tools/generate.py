@@ -158,6 +158,18 @@ def claims(m: Method) -> str:
     )
 
 
+def brief(m: Method) -> str:
+    """The claims for the method's README: both sides, and whether they hold."""
+    e = m["evidence"]
+    if e is None:
+        return "No result is kept yet."
+    rows = []
+    for c in e["claims"]:
+        verdict = "yes" if c["holds"] else "**no**"
+        rows.append([c["claim"], c["metric"], number(c["ours"]), f"{number(c['baseline'])} ({c['baseline_name']})", verdict])
+    return table(["claim", "metric", "ours", "other side", "holds"], rows)
+
+
 def demoted(text: str, folder: Path) -> str:
     """A README one heading level down, its relative links turned to where they lead in the catalogue, or to plain text."""
     out, fence = [], ""
@@ -238,7 +250,8 @@ def page(m: Method) -> str:
     if m["doc"]:
         parts += ["## Reference", plain(m["doc"])]
     if readme.is_file():
-        parts.append(demoted(readme.read_text("utf-8"), m["folder"]))
+        text = re.sub(r"<!-- claims -->\n.*?<!-- /claims -->", "The table is below.", readme.read_text("utf-8"), flags=re.DOTALL)
+        parts.append(demoted(text, m["folder"]))
     if m["evidence"] is not None or (m["family"] != "reference"):
         parts += ["## Claims, measured", claims(m)]
     return "\n\n".join(parts) + "\n"
@@ -420,6 +433,10 @@ def build() -> tuple[dict[Path, str | None], list[str]]:
         (DOCS / "authoring.md", "domains", domain_table()),
     ):
         files[path] = between(path.read_text("utf-8"), mark, text)
+    for m in methods:
+        readme = m["folder"] / "README.md"
+        if readme.is_file() and "<!-- claims -->" in (text := readme.read_text("utf-8")):
+            files[readme] = between(text, "claims", brief(m))
     files[DOCS / "methods/index.md"] = catalogue(methods)
     files |= {DOCS / f"methods/{m['page']}.md": page(m) for m in methods}
     keep = {DOCS / f"methods/{name}.md" for _, name in skipped}
