@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.leaderboard", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these methods or peers (the page is then only printed)")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows of 512 tokens (8)")
-    parser.add_argument("--tokens", type=int, default=4097, help="tokens of the text that judge (4097)")
+    parser.add_argument("--tokens", type=int, default=8193, help="tokens of the text that judge (8193)")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     parser.add_argument(
         "--part", metavar="K/N", help="only every N-th row, from the K-th: several runs beside one another fill one cache"

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tersor import Codec, Decoded, Decoder, InputError, Pruner, Quantizer, between, container, field, method, registry
+from tersor import Codec, Decoded, Decoder, InputError, Pruner, Quantizer, Uniform, between, container, field, method, registry
 from tersor.testing import CHECKS, assert_conforms, check_method
 from tersor.testing import checks as kit
 
@@ -42,6 +42,28 @@ class Nearest(Quantizer):
 
     def bound(self, x):
         return 1 / 16 + 1e-3 * float(np.abs(x).max(initial=0))
+
+
+@method
+class Rows(Nearest):
+    """Rounds the weights of a layer to eighths, whatever calibrates it."""
+
+    name = "rows"
+    domains = ("weight",)
+    calibration = "optional"
+    wants = ("gram",)
+
+    def _quantize(self, x, calibration, spec):
+        return {"codes": np.rint(np.clip(np.asarray(x, np.float32), -1e6, 1e6) * 8).astype(np.int32)}
+
+    def _dequantize(self, parts, spec):
+        return (parts["codes"] / np.float32(8)).astype(np.float32).reshape(spec.shape)
+
+    def _uniform(self, parts, spec):
+        torch = pytest.importorskip("torch")
+        codes = torch.from_numpy(parts["codes"].reshape(spec.shape))
+        scale = torch.full((len(codes), 1), 1 / 8)
+        return Uniform((codes + 128).byte(), scale, torch.full_like(scale, 128), 8, codes.shape[1])
 
 
 @method
@@ -108,7 +130,7 @@ class Draw(Decoder):
         return rng.choice(len(p), p=p)
 
 
-@pytest.mark.parametrize("cls", [Sound, Nearest, First, Argmax, Draw])
+@pytest.mark.parametrize("cls", [Sound, Nearest, Rows, First, Argmax, Draw])
 def test_sound_methods_pass_every_check(cls, monkeypatch):
     registry.index()
     monkeypatch.setitem(registry._classes, (cls.kind, cls.name), cls)
@@ -154,6 +176,23 @@ def _busy(self, parts, spec):
     return Sound._decode(self, parts, spec)
 
 
+def _scaled(self, x, calibration, spec):
+    if np.ptp(np.asarray(x, np.float32), axis=1).min() == 0:
+        raise ZeroDivisionError("a row without spread")
+    return Rows._quantize(self, x, calibration, spec)
+
+
+def _weighted(self, x, calibration, spec):
+    if calibration is not None and calibration.gram is not None:
+        np.linalg.cholesky(calibration.gram)
+    return Rows._quantize(self, x, calibration, spec)
+
+
+def _shifted(self, parts, spec):
+    uniform = Rows._uniform(self, parts, spec)
+    return Uniform(uniform.codes, uniform.scale, uniform.zero + 1, uniform.bits, uniform.group_size)
+
+
 WRONG = {
     "configuration": wrong(Sound, __str__=lambda self: "sound:scale=3"),
     "metadata": None,
@@ -165,6 +204,9 @@ WRONG = {
     "torch-and-numpy": None,
     "invalid-input": None,
     "empty-input": None,
+    "weights": wrong(Rows, _quantize=_scaled),
+    "calibration-data": wrong(Rows, _quantize=_weighted),
+    "levels": wrong(Rows, _uniform=_shifted),
     "corrupted-bytes": None,
     "hostile-payload": wrong(Sound, _decode=_busy),
     "fresh-process": None,

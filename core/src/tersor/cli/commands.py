@@ -434,7 +434,7 @@ def inspect_(source: str, as_json: bool) -> None:
     "--samples", type=click.IntRange(min=1), default=8, show_default=True, help="With --kind: calibration windows of 512 tokens."
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=4097, show_default=True, help="With --kind: tokens of the text that judge."
+    "--tokens", type=click.IntRange(min=2), default=8193, show_default=True, help="With --kind: tokens of the text that judge."
 )
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False), help="With --kind: a text file that calibrates.")
 @click.option(

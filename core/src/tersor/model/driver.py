@@ -10,6 +10,7 @@ matrices and codes of one block and the calibration data's hidden states.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fnmatch
 import functools
 import hashlib
@@ -317,11 +318,25 @@ def _compress_blocks(
 
                 seen = gather(block, wishes, runs, model)
             yield from compress(mine, ready, seen)
+            _give_back()
             if number < watched and not whole:
                 block = model.get_submodule(f"{prefix}.{number}")
                 for i, (args, kwargs) in enumerate(states):
                     out = block(*args, **kwargs)
                     states[i] = ((out[0] if isinstance(out, tuple) else out, *args[1:]), kwargs)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int]:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (OSError, AttributeError, TypeError):  # no glibc
+        return lambda _: 0
+
+
+def _give_back() -> None:
+    """Memory that was freed goes back to the system: glibc keeps what a block's work left, and the next one takes more."""
+    _trim()(0)
 
 
 def _sees(method: Any) -> bool:

@@ -70,7 +70,7 @@ class Grid:
                 value = codes[rows, columns].unflatten(1, shape) - self._wide(zero[rows], groups)
                 value.mul_(self._wide(scale[rows], groups))
                 if self.exponent:
-                    limit = torch.finfo(dtype).max
+                    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
                     value.clamp_(-limit, limit)
                 out[rows, columns].unflatten(1, shape).copy_(value)
         return out
