@@ -42,6 +42,11 @@ class RTN(Quantizer):
         """For the conformance kit."""
         return [cls(), cls(bits=3, group_size=5, sym=True, clip=True)]
 
+    @classmethod
+    def at_bits(cls, bits: int) -> list[RTN]:
+        """With the whole range of each group, and with the range searched."""
+        return [cls(bits=bits), cls(bits=bits, clip=True)] if 2 <= bits <= 8 else []
+
     def bound(self, x: torch.Tensor) -> float | None:
         """Half a step of the widest possible group, an eighth more for the scale's own rounding; None with ``clip``."""
         x = torch.as_tensor(x)

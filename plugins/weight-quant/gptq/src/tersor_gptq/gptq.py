@@ -60,6 +60,11 @@ class GPTQ(Quantizer):
         """For the conformance kit."""
         return [cls(group_size=4), cls(bits=3, group_size=-1, sym=True, clip=True, block_size=2)]
 
+    @classmethod
+    def at_bits(cls, bits: int) -> list[GPTQ]:
+        """With the whole range of each group, and with the range searched."""
+        return [cls(bits=bits), cls(bits=bits, clip=True)] if 2 <= bits <= 8 else []
+
     @property
     def _indexed(self) -> bool:
         """Whether groups are runs in the order of rounding, which is not the order of the columns."""
