@@ -176,12 +176,14 @@ def test_leaderboard_measures_keeps_and_resumes(folder, tmp_path, run, monkeypat
         "--tokens", "65", "--calibration", text, "--text", text, "--cache", tmp_path / "rows", "--json",
     ]  # fmt: skip
     rows = json.loads(run(*call)[1])
-    assert [r["method"] for r in rows] == ["float32", "rtn", "rtn:bits=2", "gptq:bits=3,group_size=16"]
+    assert [r["method"] for r in rows] == [
+        "float32", "rtn", "rtn:clip=true", "rtn:bits=2", "rtn:bits=2,clip=true", "gptq:bits=3,group_size=16",
+    ]  # fmt: skip
     assert all(r["perplexity"]["some.txt"] > 1 and r["tokens_per_second"] > 0 for r in rows)
-    assert rows[1]["bits"] > rows[2]["bits"] > 2
+    assert rows[1]["bits"] > rows[3]["bits"] > 2
     assert all(r["peak_bytes"] is None or r["peak_bytes"] >= 0 for r in rows)
     kept = sorted(p.name for p in (tmp_path / "rows").iterdir())
-    assert len(kept) == 4
+    assert len(kept) == 6
     again = json.loads(run(*call, "--plot", tmp_path / "rd.svg")[1])
     assert all(r.pop("cached") for r in again)
     assert again == rows
