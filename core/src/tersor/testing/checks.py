@@ -22,7 +22,7 @@ from tersor import config, container, registry
 from tersor.api import apply_method, decompress, restore
 from tersor.arrays import SIZES, buffer, to_numpy
 from tersor.domains import DOMAINS, summary, unwrap
-from tersor.errors import CalibrationError, ConfigError, InputError, TersorError
+from tersor.errors import CalibrationError, ConfigError, InputError, StateError, TersorError
 from tersor.progress import track
 from tersor.results import Calibration, Payload
 from tersor.testing import strategies
@@ -440,6 +440,124 @@ def _levels(m: Any, _: _Context) -> None:
             raise Failure(f"its levels (uniform) are not its values: they differ by up to {np.abs(got - want).max():g}")
     if not shown:
         raise Skip("its values are no evenly spaced levels")
+
+
+@_check("quantizer")
+def _layer(m: Any, _: _Context) -> None:
+    """The layer that trains: any leading shape, its codes exact, evaluation without a trace, half precision, poor input, states."""
+    torch = sys.modules.get("torch")
+    if torch is None or not callable(getattr(m, "layer", None)):
+        raise Skip("it has no torch layer")
+    given = [x for x in map(to_numpy, m.example_inputs()) if x.ndim > 1 and x.dtype == np.float32]
+    if not given:
+        raise Failure("it has a layer, and example_inputs() gives no float32 array of vectors to try it with")
+    vectors = np.concatenate([g.reshape(-1, g.shape[-1]) for g in given if g.shape[-1] == given[0].shape[-1]])
+    x = torch.from_numpy(np.resize(vectors, (12, vectors.shape[1])))
+    dim = x.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _check_training(torch, m.layer().train(), x)
+        layer = m.layer().train()
+        layer(x)
+        _check_evaluation(torch, layer.eval(), x)
+        for training in (True, False):
+            _check_refusals(torch, layer.train(training), x)
+        _check_states(torch, m, layer.eval(), x)
+        late = m.layer().train()
+        late(x.new_zeros(0, dim))
+        late(x[:1])
+        if not all(bool(torch.isfinite(v).all()) for v in late.state_dict().values() if v.is_floating_point()):
+            raise Failure("its layer has NaN or infinity after an empty batch and one vector")
+
+
+def _check_result(torch: Any, z: Any, out: Any, what: str) -> None:
+    values, codes, loss = out
+    if values.shape != z.shape or values.dtype != z.dtype:
+        raise Failure(f"{what}: its layer takes {summary(z)} and gives {summary(values)}")
+    if codes.dtype != torch.int64 or codes.shape[: z.ndim - 1] != z.shape[:-1] or codes.ndim > z.ndim:
+        raise Failure(f"{what}: its layer's codes are {summary(codes)} for {summary(z)}; int64 of the leading shape are due")
+    if loss.ndim or not bool(torch.isfinite(loss)) or not bool(torch.isfinite(values).all()):
+        raise Failure(f"{what}: its layer gives NaN or infinity, or a loss that is no scalar: {loss}")
+
+
+def _check_training(torch: Any, layer: Any, x: Any) -> None:
+    shapes = ((12,), (3, 4), (2, 3, 2), (1, 12), (12, 1, 1))
+    for shape in shapes:
+        z = x.view(*shape, -1).clone().requires_grad_()
+        out = layer(z)
+        _check_result(torch, z, out, f"leading shape {shape}")
+        (out.values.square().sum() + out.loss).backward()
+        if z.grad is None or not bool(torch.isfinite(z.grad).all()) or not bool(z.grad.any()):
+            raise Failure(f"leading shape {shape}: no gradient, or one with NaN, comes back through its layer")
+    for z in (x[:1], x[0], x.new_zeros(0, x.shape[1]), x.new_zeros(2, 0, x.shape[1]), x * 0, x[:1].expand(12, -1)):
+        _check_result(torch, z, layer(z), f"{summary(z)} in training")
+    for z in (x.half(), x.bfloat16(), x.double()):
+        _check_result(torch, z, layer(z), f"{z.dtype} in training")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _check_result(torch, x, layer(x), "autocast")
+
+
+def _check_evaluation(torch: Any, layer: Any, x: Any) -> None:
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    first, second = layer(x), layer(x)
+    if not torch.equal(first.values, second.values) or not torch.equal(first.codes, second.codes):
+        raise Failure("its layer gives different results for the same vectors in evaluation mode")
+    if any(not torch.equal(before[k], v) for k, v in layer.state_dict().items()):
+        raise Failure("evaluation changes the state of its layer")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if not torch.equal(layer(x).codes, first.codes):
+            raise Failure("its layer gives other codes under autocast")
+    shaped = layer(x.view(3, 4, -1))
+    if not torch.equal(shaped.codes.flatten(0, 1), first.codes):
+        raise Failure("its layer gives other codes for another leading shape")
+    values = layer.codes_to_values(first.codes)
+    if not torch.equal(values, first.values.float()):
+        worst = float((values - first.values).abs().max())
+        raise Failure(f"codes_to_values gives other values than its layer, by up to {worst:g}")
+    if getattr(layer, "invertible", True):
+        codes = layer.values_to_codes(values)
+        again = layer.codes_to_values(codes)
+        if not torch.equal(again, values):  # other codes may be right where two of them stand for the same
+            raise Failure("values_to_codes gives codes of other values")
+
+
+def _check_refusals(torch: Any, layer: Any, x: Any) -> None:
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    broken = x.clone()
+    broken[2, 0] = torch.nan
+    endless = x.clone()
+    endless[1, -1] = -torch.inf
+    wrong = {"NaN": broken, "infinity": endless, "another dimension": x.repeat(1, 2)[:, : x.shape[1] + 1], "integers": x.long(),
+             "no dimension": x[0, 0]}  # fmt: skip
+    for what, z in wrong.items():
+        try:
+            layer(z)
+        except InputError:
+            continue
+        except Exception as error:
+            raise Failure(f"its layer refuses {what} with {type(error).__name__}: {error}; InputError is due") from error
+        raise Failure(f"its layer takes {what}; InputError was due")
+    if any(not torch.equal(before[k], v) for k, v in layer.state_dict().items()):
+        raise Failure("its layer changes by an input that it refuses")
+
+
+def _check_states(torch: Any, m: Any, layer: Any, x: Any) -> None:
+    state = layer.state_dict()
+    again = m.layer()
+    again.load_state_dict({k: v.clone() for k, v in state.items()})
+    if not torch.equal(again.eval()(x).values, layer(x).values):
+        raise Failure("a layer with the state of another gives other values")
+    for name, value in state.items():
+        if value.ndim:
+            fresh = m.layer()
+            before = {k: v.clone() for k, v in fresh.state_dict().items()}
+            try:
+                fresh.load_state_dict({**state, name: torch.cat([value, value])})
+            except (StateError, RuntimeError):
+                if any(not torch.equal(before[k], v) for k, v in fresh.state_dict().items()):
+                    raise Failure(f"a state whose {name} has another shape is refused, and half of it loaded") from None
+                continue
+            raise Failure(f"its layer takes a state whose {name} has another shape")
 
 
 @_check(*_DATA)

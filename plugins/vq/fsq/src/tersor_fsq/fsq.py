@@ -7,10 +7,10 @@ import math
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersor import Calibration, ConfigError, CorruptPayloadError, InputError, Quantizer, Spec, between, field, method
-from tersor_kit_vq import Quantized, index_bits, pack_indices, unpack_indices
+from tersor_kit_vq import VectorLayer, bridge, index_bits, pack_indices, unbridge, unpack_indices
 
 
 @method
@@ -39,6 +39,12 @@ class FSQ(Quantizer):
             raise ConfigError(
                 f"fsq: levels={self.levels!r} give {math.prod(self.levels)} codes; allowed: 1 dimension or more, up to 2^31 codes"
             )
+
+    @classmethod
+    def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
+        """The paper's levels (table 1, as used for its experiments), for vectors of ``dim`` dimensions by way of ``layer(dim)``."""
+        known = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5), 16: (8, 8, 8, 5, 5, 5)}
+        return [cls(levels=known[bits])] if bits in known else []
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -137,7 +143,7 @@ class _Round(torch.autograd.Function):
         return torch.addcmul(grad, grad * squashed, squashed, value=-1).mul_(slope), None, None, None, None
 
 
-class FSQLayer(nn.Module):
+class FSQLayer(VectorLayer):
     """``forward(z) -> Quantized(values, codes, loss)``: z float ... x dim; values of the same shape; codes int64 of the leading shape;
     loss 0, since there is nothing to add to the training loss.
 
@@ -151,21 +157,27 @@ class FSQLayer(nn.Module):
     base: Tensor
 
     def __init__(self, fsq: FSQ, dim: int | None = None) -> None:
-        super().__init__()
         d = len(fsq.levels)
+        super().__init__("fsq", d if dim is None else dim, fsq.codebook_size)
         self.fsq = fsq
-        self.project_in: nn.Module = nn.Linear(dim, d) if dim not in (None, d) else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(d, dim) if dim not in (None, d) else nn.Identity()
+        self.project_in, self.project_out = bridge(self.dim, d), bridge(d, self.dim)
+        self.invertible = self.dim >= d
         levels, half, width, base = fsq._table
         wide, offset = width + torch.clamp(width * 1e-3, max=0.4), (levels % 2 == 0) * 0.5
         for name, value in dict(shift=torch.atanh(offset / wide), wide=wide, offset=offset, step=half, base=base).items():
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, z: Tensor) -> Quantized:
-        values = _Round.apply(self.project_in(z), self.shift, self.wide, self.offset, self.step)
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = _Round.apply(self.project_in(x), self.shift, self.wide, self.offset, self.step)
         with torch.no_grad():
             # digits are small whole numbers, so the sum is exact in float32 up to 2^24 codes
             exact = torch.float32 if self.fsq.codebook_size <= 1 << 24 else torch.float64
             weights = (self.step * self.base).to(exact)
             codes = (values.detach().to(exact) @ weights).add_(weights.sum()).round_().long()
-        return Quantized(self.project_out(values), codes, self.step.new_zeros(()))
+        return self.project_out(values), codes, self.step.new_zeros(())
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return self.project_out(self.fsq.codes_to_values(codes))  # type: ignore[no-any-return]
+
+    def _codes(self, values: Tensor) -> Tensor:
+        return self.fsq.values_to_codes(unbridge(self.project_out, values))

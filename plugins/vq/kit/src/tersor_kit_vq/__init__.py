@@ -1,8 +1,9 @@
 """What the vector quantizers share: search, k-means, codebooks, packing, an autoencoder of images, a prior of indices."""
 
 from tersor_kit_vq.autoencoder import FACTOR, Autoencoder, crops, padded, three_channels, train
-from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through
-from tersor_kit_vq.packing import index_bits, pack_indices, unpack_indices
+from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through, together
+from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
+from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
 from tersor_kit_vq.prior import IndexPrior
 from tersor_kit_vq.search import kmeans, nearest, sums_by_code
 
@@ -12,16 +13,28 @@ __all__ = [
     "Codebook",
     "IndexPrior",
     "Quantized",
+    "VectorLayer",
+    "VectorQuantizer",
+    "add_over_processes",
+    "bridge",
     "check_vectors",
     "crops",
+    "fit_layer",
     "index_bits",
+    "join",
     "kmeans",
+    "mean_square",
     "nearest",
     "pack_indices",
+    "pack_mixed",
     "padded",
+    "split",
     "straight_through",
     "sums_by_code",
     "three_channels",
+    "together",
     "train",
+    "unbridge",
     "unpack_indices",
+    "unpack_mixed",
 ]

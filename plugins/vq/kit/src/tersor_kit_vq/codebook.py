@@ -44,12 +44,14 @@ def check_vectors(z: Tensor, dim: int, who: str) -> Tensor:
     if not z.is_floating_point() or z.ndim < 1 or z.shape[-1] != dim:
         raise InputError(f"{who} takes float vectors of {dim} dimensions; given: {str(z.dtype)[6:]} of shape {tuple(z.shape)}")
     flat = z.reshape(math.prod(z.shape[:-1]), dim).float()
-    if not bool(torch.isfinite(flat.detach()).all()):
+    # a sum is the cheapest look at all of them; large ones that are finite may sum to infinity
+    if not math.isfinite(float(flat.detach().sum())) and not bool(torch.isfinite(flat.detach()).all()):
         raise InputError(f"{who} takes vectors without NaN or infinity")
     return flat
 
 
-def _together() -> bool:
+def together() -> bool:
+    """Whether several processes train together, under torch.distributed."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -105,9 +107,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
         """Start from ``x`` (N x dim) by k-means, where that has not been done; the first process decides for all."""
-        if self._started or (len(x) == 0 and not _together()):
+        if self._started or (len(x) == 0 and not together()):
             return
-        if not _together():
+        if not together():
             self.set(*kmeans(x, self.size, 10, self.seed))
             return
         ready = torch.tensor(len(x) > 0, device=x.device).int()
@@ -126,7 +128,7 @@ class Codebook(nn.Module):
         if self.decay <= 0:
             return
         counts, sums = sums_by_code(x, codes, self.size)
-        if _together():
+        if together():
             both = torch.cat([counts[:, None], sums], 1)
             distributed.all_reduce(both)
             counts, sums = both[:, 0], both[:, 1:]

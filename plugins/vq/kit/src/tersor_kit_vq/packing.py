@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,3 +46,59 @@ def unpack_indices(packed: Tensor, bits: int, count: int, size: int) -> Tensor:
     if count and int(out.max()) >= size:
         raise CorruptPayloadError(f"index {int(out.max())} of {size} codes")
     return torch.from_numpy(out)
+
+
+def _words(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of indices, first and last + 1, each of which is one number below 2^31."""
+    out, start, product = [], 0, 1
+    for i, n in enumerate(sizes):
+        if i > start and product * n > 1 << 31:
+            out.append((start, i))
+            start, product = i, 1
+        product *= n
+    return [*out, (start, len(sizes))]
+
+
+def join(codes: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Several indices as one number, int64, the last index counting least: ... x n codes below ``sizes``, with product up to 2^63."""
+    out = codes[..., 0]
+    for i in range(1, len(sizes)):
+        out = out * sizes[i] + codes[..., i]
+    return out
+
+
+def split(joined: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The indices, int64 ... x n, that :func:`join` made ``joined`` of."""
+    out = []
+    for n in reversed(sizes):
+        out.append(joined % n)
+        joined = joined // n
+    return torch.stack(out[::-1], -1)
+
+
+def pack_mixed(codes: Tensor, sizes: int | Sequence[int]) -> Tensor:
+    """Codes of vectors as uint8: int64 N below ``sizes``, or N x n below each of the n ``sizes``. Indices of one vector share bits
+    where their sizes are no powers of two: 9 of 10 values take 30 bits."""
+    if isinstance(sizes, int):
+        return pack_indices(codes, index_bits(sizes))
+    parts = []
+    for start, stop in _words(sizes):
+        own = sizes[start:stop]
+        parts.append(pack_indices(join(codes[:, start:stop], own), index_bits(math.prod(own))))
+    return torch.cat(parts)
+
+
+def unpack_mixed(packed: Tensor, sizes: int | Sequence[int], count: int) -> Tensor:
+    """The codes, int64 ``count`` or ``count`` x n, of :func:`pack_mixed`. Raises :class:`tersor.CorruptPayloadError` for others."""
+    if isinstance(sizes, int):
+        return unpack_indices(packed, index_bits(sizes), count, sizes)
+    words = _words(sizes)
+    bits = [index_bits(math.prod(sizes[start:stop])) for start, stop in words]
+    lengths = [(count * b + 7) // 8 for b in bits]
+    if packed.dtype != torch.uint8 or packed.numel() != sum(lengths):
+        raise CorruptPayloadError(f"{packed.numel()} bytes of codes are not those of {count} vectors, which have {sum(lengths)}")
+    out = []
+    for (start, stop), b, part in zip(words, bits, packed.reshape(-1).split(lengths), strict=True):
+        own = sizes[start:stop]
+        out.append(split(unpack_indices(part, b, count, math.prod(own)), own))
+    return torch.cat(out, 1)

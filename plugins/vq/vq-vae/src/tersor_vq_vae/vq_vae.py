@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from tersor import (
@@ -34,9 +34,10 @@ from tersor_kit_vq import (
     Codebook,
     IndexPrior,
     Quantized,
-    check_vectors,
+    VectorLayer,
     index_bits,
     kmeans,
+    mean_square,
     nearest,
     pack_indices,
     padded,
@@ -51,7 +52,7 @@ _STEPS = 128  # steps of the prior that a grid of any sides may take
 _LONG = 16  # times the other side: more is no grid to the prior, beyond those steps
 
 
-class VQLayer(nn.Module):
+class VQLayer(VectorLayer):
     """``forward(z) -> Quantized(values, codes, loss)``: z float ... x dim; equations 1 to 3 of the paper.
 
     ``values``: the nearest codewords exactly, with the gradient copied straight through to z; ``codes``: int64 of the leading shape;
@@ -61,27 +62,28 @@ class VQLayer(nn.Module):
     """
 
     def __init__(self, codebook: Codebook, commitment: float = 0.25) -> None:
-        super().__init__()
+        super().__init__("vq-vae", codebook.dim, codebook.size)
         self.codebook, self.commitment = codebook, commitment
 
-    def forward(self, z: Tensor) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
-            flat = check_vectors(z, self.codebook.dim, "vq-vae")
-            x = flat.detach()
-            if self.training:
-                self.codebook.prepare(x)
-            codes = nearest(x, self.codebook.words.detach())
-            values = self.codebook(codes)
-            if len(x):
-                loss = self.commitment * functional.mse_loss(flat, values.detach())
-                if self.codebook.decay == 0:
-                    loss = loss + functional.mse_loss(values, x)
-            else:
-                loss = flat.sum()
-            out = straight_through(z, values.detach().view(z.shape))
-            if self.training:
-                self.codebook.update(x, codes)
-        return Quantized(out, codes.view(z.shape[:-1]), loss)
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            self.codebook.prepare(x.detach())
+        codes = nearest(x.detach(), self.codebook.words.detach())
+        values = self.codebook(codes)
+        loss = self.commitment * mean_square(x, values.detach())
+        if self.codebook.decay == 0:
+            loss = loss + mean_square(values, x.detach())
+        # before the codebook moves
+        out = straight_through(x, values.detach())
+        if self.training:
+            self.codebook.update(x.detach(), codes)
+        return out, codes, loss
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return self.codebook(codes)  # type: ignore[no-any-return]
+
+    def _codes(self, values: Tensor) -> Tensor:
+        return nearest(values, self.codebook.words)
 
 
 class _Bitwise:
@@ -136,6 +138,11 @@ class VQVAE(Quantizer):
         return Path(__file__).parent / "states" / "default.safetensors" if shipped else None
 
     # -- the layer
+
+    @classmethod
+    def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
+        """Codewords by moving averages, vectors alone."""
+        return [cls(codes=2**bits, dim=dim, encoder="none", prior="none")]
 
     def layer(self, start: str = "kmeans", fitted: bool = False) -> VQLayer:
         """The torch layer that trains. ``start``: ``"kmeans"`` (of the first batch) or ``"random"``; ``fitted``: start from the state's
