@@ -46,6 +46,26 @@ def photographs() -> dict[str, np.ndarray]:
     return {k: np.ascontiguousarray(v.transpose(2, 0, 1), dtype=np.float32) / np.float32(255) for k, v in images.items()}
 
 
+@functools.cache
+def pictures() -> dict[str, np.ndarray]:
+    """Seventeen other pictures that both packages ship, to train on what :func:`photographs` judges: float32 3 x H x W in [0, 1], on the
+    8-bit grid; grey ones have three equal channels."""
+    try:
+        from skimage import data as skimage_data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise _need("scikit-image scikit-learn", "the set of pictures") from error
+    left, right, _ = skimage_data.stereo_motorcycle()
+    found = {"left": left, "right": right, "flower": load_sample_image("flower.jpg")}
+    names = ("rocket", "retina", "hubble_deep_field", "immunohistochemistry", "colorwheel", "camera", "moon", "coins", "brick", "grass",
+             "gravel", "page", "text", "clock")  # fmt: skip
+    found |= {n: getattr(skimage_data, n)() for n in names}
+    colour = {k: v if v.ndim == 3 else np.repeat(v[:, :, None], 3, 2) for k, v in found.items()}
+    return {
+        k: np.ascontiguousarray(v[:, :, :3].transpose(2, 0, 1), dtype=np.float32) / np.float32(255) for k, v in colour.items()
+    }
+
+
 VIDEOS = {
     "bigbuckbunny": "1280 x 720, 132 frames",
     "bikes": "640 x 272, 250 frames",

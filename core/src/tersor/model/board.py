@@ -99,12 +99,15 @@ def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = Non
     return list(out)
 
 
-def sources_digest(method: Any) -> str:
-    """Changes with the code that decides a method's result: its own modules, those of kits that they use, and the driver."""
+def sources_digest(method: Any, judges: Iterable[Any] | None = None) -> str:
+    """Changes with the code that decides a method's result: its own modules, those of kits that they use, and ``judges``, modules
+    (default: the driver)."""
     digest = hashlib.sha256()
-    from tersor.model import driver, statistics
+    if judges is None:
+        from tersor.model import driver, statistics
 
-    todo = [driver, statistics] + ([] if method is None else [sys.modules[type(method).__module__]])
+        judges = (driver, statistics)
+    todo = [*judges] + ([] if method is None else [sys.modules[type(method).__module__]])
     seen: set[str] = set()
     while todo:
         module = todo.pop()

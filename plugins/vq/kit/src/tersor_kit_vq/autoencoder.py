@@ -14,7 +14,7 @@ from tersor_kit_vq.codebook import Quantized
 FACTOR = 4  # pixels of a latent vector's side
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """x + conv 1x1 (relu (conv 3x3 (relu x)))."""
 
     def __init__(self, width: int, inner: int) -> None:
@@ -37,10 +37,10 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1),
-            _Residual(width, inner), _Residual(width, inner), nn.ReLU(), nn.Conv2d(width, dim, 1),
+            Residual(width, inner), Residual(width, inner), nn.ReLU(), nn.Conv2d(width, dim, 1),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, width, 3, 1, 1), _Residual(width, inner), _Residual(width, inner), nn.ReLU(),
+            nn.Conv2d(dim, width, 3, 1, 1), Residual(width, inner), Residual(width, inner), nn.ReLU(),
             nn.ConvTranspose2d(width, width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(width, 3, 4, 2, 1),
         )  # fmt: skip
 

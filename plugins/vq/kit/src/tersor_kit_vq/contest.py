@@ -1,0 +1,288 @@
+"""One training for all vector quantizers: the same autoencoder, pictures, steps and seeds, so that only the quantizer differs.
+
+Trained on the pictures that scikit-image and scikit-learn ship, in random crops; judged on the four photographs that those leave out
+(:func:`tersor.data.photographs`), and on the Kodak photographs where they are at hand. Results are kept in the cache folder, by
+method, protocol, seed and code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersor import InputError
+from tersor.api import as_method
+from tersor.evidence import Row, data
+from tersor.files import atomic_write
+from tersor.model.board import sources_digest
+from tersor.progress import track
+from tersor.registry import cache_folder
+from tersor_kit_vq.autoencoder import FACTOR, Residual, crops
+from tersor_kit_vq.codebook import Quantized
+from tersor_kit_vq.packing import join
+from tersor_kit_vq.prior import IndexPrior
+
+SEEDS = (0, 1, 2)
+PHOTOGRAPHS, KODAK = "photographs", "Kodak"
+_PRIOR_LIMIT = 1 << 13  # different codes of a vector that one prior takes
+
+
+@attrs.frozen(kw_only=True)
+class Protocol:
+    """What every quantizer gets: an autoencoder with vectors of ``dim`` dimensions for 4 x 4 pixels and ``width`` channels; ``steps`` steps
+    of Adam on ``batch`` crops of ``size`` x ``size``, rate ``rate`` falling to nothing by half a cosine; then a learned prior of the codes in
+    ``prior_steps`` steps (0: none)."""
+
+    dim: int = 32
+    width: int = 32
+    steps: int = 1000
+    batch: int = 16
+    size: int = 32
+    rate: float = 2e-3
+    prior_steps: int = 400
+
+
+class PatchAutoencoder(nn.Module):
+    """Patches of 4 x 4 pixels as vectors, and back: each way a linear map of the patch and, added to it, a small residual network that sees
+    the neighbours. It learns in hundreds of steps what strided convolutions need thousands for.
+
+    Images: float N x 3 x H x W in [0, 1], H and W multiples of 4; latents: N x H/4 x W/4 x dim.
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        pixels = 3 * FACTOR**2
+
+        def network(here: int, there: int) -> nn.Module:
+            body = nn.Sequential(nn.Conv2d(here, width, 3, padding=1), Residual(width, width), Residual(width, width), nn.ReLU())
+            return nn.Sequential(body, nn.Conv2d(width, there, 1))
+
+        self.patch, self.encoder = nn.Conv2d(pixels, dim, 1), network(pixels, dim)
+        self.unpatch, self.decoder = nn.Conv2d(dim, pixels, 1), network(dim, pixels)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents, N x H/4 x W/4 x dim."""
+        x = functional.pixel_unshuffle((images - 0.5) * 4, FACTOR)
+        return (self.patch(x) + self.encoder(x)).movedim(1, -1)  # type: ignore[no-any-return]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, N x 3 x H x W, not cut to [0, 1]."""
+        z = latents.movedim(-1, 1)
+        return functional.pixel_shuffle(self.unpatch(z) + self.decoder(z), FACTOR) / 4 + 0.5
+
+
+@functools.cache
+def pictures() -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Pictures to train on, and sets of pictures that judge by name: float32 3 x H x W in [0, 1], H and W multiples of 4."""
+    from tersor.io import load_image
+
+    def whole(image: np.ndarray) -> Tensor:
+        height, width = (n // FACTOR * FACTOR for n in image.shape[1:])
+        return torch.from_numpy(np.ascontiguousarray(image[:, :height, :width]))
+
+    judged = {PHOTOGRAPHS: [whole(x) for x in data.photographs().values()]}
+    kodak = [data.shared(f"kodak/kodim{i:02d}.png") for i in range(1, 25, 4)]
+    if any(kodak):
+        judged[KODAK] = [whole(load_image(p)) for p in kodak if p is not None]
+    return [whole(x) for x in data.pictures().values()], judged
+
+
+def layer_of(method: Any, dim: int) -> nn.Module:
+    """The layer of a method for vectors of ``dim`` dimensions: its own, or one with linear maps from and to its dimensions."""
+    return method.layer() if getattr(method, "dim", dim) == dim and hasattr(method, "dim") else method.layer(dim)  # type: ignore[no-any-return]
+
+
+def trial(method: Any, seed: int = 0, protocol: Protocol | None = None) -> dict[str, Any]:
+    """Train one method with one seed, and judge it: a row, from the cache where it was measured before.
+
+    ``bits``: log2 of the number of codes of a vector. By set of pictures: ``mse``, ``psnr`` (dB, of the mean error); ``use``, the share of
+    live codes (mean over the indices of a vector); ``perplexity`` of the codes (of all indices of a vector together); ``order0``, their entropy in
+    bits a vector; ``error``, |z - q|^2 / |z - mean|^2 of the vectors; ``spread``, the variance of a vector's element; on the photographs ``prior_bits``, bits a
+    vector by a prior learned on the training pictures. ``seconds``: of training; ``encode`` and ``decode``: vectors a second, all of the processor
+    where torch has one thread.
+    """
+    method, protocol = as_method(method), protocol or Protocol()
+    here = sys.modules[__name__]
+    key = json.dumps([attrs.asdict(protocol), str(method), seed, sources_digest(method, (here,)), sorted(pictures()[1])])
+    path = cache_folder() / "vq-contest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return {**json.loads(path.read_text("utf-8")), "cached": True}
+    row = _trial(method, seed, protocol)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(row).encode())
+    return row
+
+
+def _clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def trained(method: Any, seed: int, protocol: Protocol) -> tuple[PatchAutoencoder, Any]:
+    """The autoencoder and the layer that a method's training under the protocol ends with, both in evaluation mode."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        network = PatchAutoencoder(protocol.dim, protocol.width)
+        layer = layer_of(method, protocol.dim).train()
+        chosen = [p for p in (*network.parameters(), *layer.parameters()) if p.requires_grad]
+        optimizer = torch.optim.Adam(chosen, protocol.rate, betas=(0.9, 0.99))
+        generator = torch.Generator().manual_seed(seed)
+        images, _ = pictures()
+        variance = float(torch.cat([i.reshape(-1) for i in images]).var())
+        for step in track(range(protocol.steps), f"training {method}, seed {seed}"):
+            for group in optimizer.param_groups:
+                group["lr"] = protocol.rate * (0.5 + 0.5 * math.cos(math.pi * step / protocol.steps))
+            x = crops(images, protocol.batch, protocol.size, generator)
+            out: Quantized = layer(network.encode(x))
+            loss = functional.mse_loss(network.decode(out.values), x) / variance + out.loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(chosen, 1.0)
+            optimizer.step()
+    return network.eval(), layer.eval()
+
+
+@torch.no_grad()
+def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
+    start = _clock()
+    network, layer = trained(method, seed, protocol)
+    row: dict[str, Any] = {
+        "method": str(method),
+        "name": method.name,
+        "seed": seed,
+        "bits": layer.bits,
+        "seconds": _clock() - start,
+    }
+    grids: dict[str, list[Tensor]] = {}
+    for name, images in pictures()[1].items():
+        row[name], grids[name] = judge(network, layer, images)
+    z = network.encode(functional.interpolate(pictures()[1][PHOTOGRAPHS][0][None], (512, 512)))
+    codes = layer(z).codes
+    for what, call in (("encode", lambda: layer(z)), ("decode", lambda: layer.codes_to_values(codes))):
+        begin, count = _clock(), 0
+        while count < 3 or _clock() - begin < 0.2:
+            call()
+            count += 1
+        row[what] = count * (z.numel() // z.shape[-1]) / (_clock() - begin)
+    row["prior_bits"] = None
+    if protocol.prior_steps and 2**layer.bits <= _PRIOR_LIMIT:
+        known = [joined(layer(network.encode(i[None])).codes, layer) for i in pictures()[0]]
+        steps = track(range(protocol.prior_steps), f"training the prior of {method}, seed {seed}")
+        prior = IndexPrior.fit(known, round(2**layer.bits), steps, protocol.prior_steps, seed, width=64)
+        bits, count = sum(prior.bits(g) for g in grids[PHOTOGRAPHS]), sum(g.numel() for g in grids[PHOTOGRAPHS])
+        row["prior_bits"] = bits / count
+    return row
+
+
+def joined(codes: Tensor, layer: Any) -> Tensor:
+    """Codes, int64 of the leading shape, with all indices of a vector as one number."""
+    return codes if isinstance(layer.sizes, int) else join(codes, layer.sizes)
+
+
+@torch.no_grad()
+def judge(network: PatchAutoencoder, layer: Any, images: Sequence[Tensor]) -> tuple[dict[str, float], list[Tensor]]:
+    """Errors and use of codes over pictures, as :func:`trial` says, and the grids of joined codes."""
+    sizes = (layer.sizes,) if isinstance(layer.sizes, int) else layer.sizes
+    live = [torch.zeros(n, dtype=torch.bool) for n in sizes]
+    squares, pixels, distance, count = 0.0, 0, 0.0, 0
+    total, square, grids = torch.zeros(1), torch.zeros(1), []
+    for image in images:
+        z = network.encode(image[None])
+        out = layer(z)
+        squares += float((network.decode(out.values).clamp(0, 1)[0] - image).square().sum())
+        pixels += image.numel()
+        codes = out.codes.reshape(-1, len(sizes))
+        for i, seen in enumerate(live):
+            seen[codes[:, i]] = True
+        distance += float((z - out.values).square().sum())
+        total, square = total + z.sum((0, 1, 2)), square + z.square().sum((0, 1, 2))
+        count += z.numel() // z.shape[-1]
+        grids.append(joined(out.codes, layer))
+    spread = float((square / count - (total / count).square()).sum())
+    histogram = torch.unique(torch.cat([g.reshape(-1) for g in grids]), return_counts=True)[1].double() / count
+    order0 = float(-(histogram * histogram.log2()).sum())
+    mse = squares / pixels
+    return {
+        "mse": mse, "psnr": -10 * math.log10(mse), "use": float(np.mean([float(s.float().mean()) for s in live])),
+        "perplexity": 2**order0, "order0": order0, "error": distance / count / max(spread, 1e-30), "spread": spread / z.shape[-1],
+    }, grids  # fmt: skip
+
+
+def trials(method: Any, protocol: Protocol | None = None, seed: int = 0, count: int = len(SEEDS)) -> list[dict[str, Any]]:
+    """:func:`trial` with the seeds from ``seed`` on."""
+    return [trial(method, s, protocol) for s in range(seed, seed + count)]
+
+
+def mean(rows: Sequence[dict[str, Any]], key: str, pictures_of: str = PHOTOGRAPHS) -> float:
+    """Mean over seeds of what :func:`trial` measured."""
+    return float(np.mean([r[pictures_of][key] if key in r[pictures_of] else r[key] for r in rows]))
+
+
+def compared(
+    title: str, key: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]] | float, better: str,
+    name: str = "", metric: str = "", margin: float = 0.0, slack: float = 0.0,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a claim, one for each set of pictures: the means over the seeds, each seed in the note. ``theirs``: rows, or a number
+    that ``name`` explains."""
+    units = {"mse": "mean squared error", "psnr": "PSNR (dB)", "use": "share of live codes", "error": "relative squared error of the vectors",
+             "perplexity": "perplexity of the codes", "order0": "bits a vector", "prior_bits": "bits a vector by the learned prior"}  # fmt: skip
+    if not ours:
+        raise InputError("compared takes rows of at least one seed; given: none")
+    for of in (PHOTOGRAPHS, KODAK):
+        if of not in ours[0] or (key == "prior_bits" and of != PHOTOGRAPHS):
+            continue
+        each = [f"{mean([r], key, of):.4g}" for r in ours]
+        note = f"{len(ours)} seeds: {', '.join(each)}"
+        if isinstance(theirs, (int, float)):
+            other = float(theirs)
+        else:
+            other, name = mean(theirs, key, of), name or str(theirs[0]["method"])
+            note += f"; the other side: {', '.join(f'{mean([r], key, of):.4g}' for r in theirs)}"
+        yield Row(claim=f"{title}, {of}", metric=metric or units[key], ours=mean(ours, key, of), baseline=other, baseline_name=name,
+                  better=better, margin=margin, slack=slack, note=note)  # fmt: skip
+
+
+def plain(bits: int, dim: int = Protocol().dim) -> Any:
+    """The vq-vae of ``bits`` bits a vector that methods are compared with."""
+    return as_method(f"vq-vae:codes={2**bits},dim={dim},encoder=none,prior=none")
+
+
+def contestants(names: Iterable[str] | None = None, bits: int = 10, dim: int = Protocol().dim) -> list[str]:
+    """The strings of all installed quantizers with a layer at about ``bits`` bits a vector, by their ``at_code_bits``; ``names``: of
+    these only. A method that cannot be imported is left out with a warning; one that is named raises the lookup errors."""
+    import warnings
+
+    from tersor import registry
+    from tersor.errors import TersorError
+
+    chosen = list(names or [])
+    known = chosen or sorted(
+        m["name"] for m in registry.listing() if m["kind"] == "quantizer" and "latent" in m["domain"].split(",")
+    )
+    out: dict[str, None] = {}
+    for name in known:
+        if ":" in name:
+            out[str(as_method(name))] = None
+            continue
+        try:
+            cls = registry.lookup("quantizer", name)
+        except TersorError as error:
+            if chosen:
+                raise
+            warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+            continue
+        out.update((str(m), None) for m in getattr(cls, "at_code_bits", lambda *_: [])(bits, dim))
+    return list(out)
