@@ -121,7 +121,7 @@ class VectorLayer(nn.Module):
 
 
 def fit_layer(
-    layer: VectorLayer, vectors: Tensor, steps: int, seed: int = 0, batch: int = 1024, rate: float = 1e-3
+    layer: VectorLayer, vectors: Tensor, steps: int, seed: int = 0, batch: int = 1024, rate: float = 1e-2
 ) -> VectorLayer:
     """Train a layer on fixed vectors (float N x dim): mean squared error of its values plus its loss, by Adam, the learning rate
     falling to nothing by half a cosine. Gives the layer in evaluation mode. Raises :class:`tersor.InputError` as the layer."""
