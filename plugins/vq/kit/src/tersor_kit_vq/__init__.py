@@ -5,6 +5,7 @@ from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_
 from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
 from tersor_kit_vq.prior import IndexPrior
+from tersor_kit_vq.residual import invert, residual_codes, residual_values
 from tersor_kit_vq.search import kmeans, nearest, sums_by_code
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "crops",
     "fit_layer",
     "index_bits",
+    "invert",
     "join",
     "kmeans",
     "mean_square",
@@ -28,6 +30,8 @@ __all__ = [
     "pack_indices",
     "pack_mixed",
     "padded",
+    "residual_codes",
+    "residual_values",
     "split",
     "straight_through",
     "sums_by_code",
