@@ -6,6 +6,7 @@ from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processe
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
 from tersor_kit_vq.prior import IndexPrior
 from tersor_kit_vq.residual import invert, residual_codes, residual_values
+from tersor_kit_vq.rotation import rotate_to
 from tersor_kit_vq.search import kmeans, nearest, sums_by_code
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "padded",
     "residual_codes",
     "residual_values",
+    "rotate_to",
     "split",
     "straight_through",
     "sums_by_code",
