@@ -1,6 +1,7 @@
 """What the vector quantizers share: search, k-means, codebooks, packing, an autoencoder of images, a prior of indices."""
 
 from tersor_kit_vq.autoencoder import FACTOR, Autoencoder, crops, padded, three_channels, train
+from tersor_kit_vq.bits import bit_groups, bit_sizes, bits_to_codes, codebook_entropy, codes_to_bits, token_entropy
 from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through, together
 from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
@@ -18,8 +19,13 @@ __all__ = [
     "VectorLayer",
     "VectorQuantizer",
     "add_over_processes",
+    "bit_groups",
+    "bit_sizes",
+    "bits_to_codes",
     "bridge",
     "check_vectors",
+    "codebook_entropy",
+    "codes_to_bits",
     "crops",
     "fit_layer",
     "index_bits",
@@ -39,6 +45,7 @@ __all__ = [
     "sums_by_code",
     "three_channels",
     "together",
+    "token_entropy",
     "train",
     "unbridge",
     "unpack_indices",

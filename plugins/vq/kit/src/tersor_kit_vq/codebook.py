@@ -140,3 +140,26 @@ class Codebook(nn.Module):
         total_average = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total_average + self.size * self.epsilon) * total_average
         torch.div(self.sums, smoothed[:, None], out=self.words)
+
+    @torch.no_grad()
+    def restart(self, x: Tensor, below: float = 1.0) -> int:
+        """Codewords whose averaged count is under ``below`` become random ones of ``x`` (N x dim), with a count of 1; gives their number.
+        The first process decides for all; nothing happens with ``decay`` 0 or where it has no vectors."""
+        if self.decay <= 0:
+            return 0
+        dead = torch.nonzero(self.counts < below)[:, 0]
+        if not len(dead) or (len(x) == 0 and not together()):
+            return 0
+        drawn, ready = x.new_zeros(len(dead), self.dim), torch.tensor(len(x), device=x.device)
+        if len(x):
+            # without replacement as far as they go
+            order = torch.cat([torch.randperm(len(x), device=x.device) for _ in range(-(-len(dead) // len(x)))])
+            drawn = x[order[: len(dead)]].clone()
+        if together():
+            distributed.broadcast(ready, 0)
+            distributed.broadcast(drawn, 0)
+        if not int(ready):
+            return 0
+        self.words[dead], self.sums[dead] = drawn, drawn
+        self.counts[dead] = 1.0
+        return len(dead)

@@ -38,17 +38,19 @@ def residual_values(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
 def invert(values: Tensor, codebooks: Sequence[Tensor], beam: int = 64) -> Tensor:
     """Codes, int64 N x depth, that stand exactly for ``values`` (float32 N x d, of :func:`residual_values`).
 
-    Greedy codes of a sum may be those of another one nearby. So up to ``beam`` partial sums are kept at every depth, the
-    nearest ones, and the last codeword must make up the value bit by bit. Raises :class:`tersor.InputError` where none does.
+    Greedy codes of a sum may be those of another one nearby. So up to ``beam`` partial sums are kept at every depth (sixteen times
+    as many where that is not enough), the nearest ones, and the last codeword must make up the value bit by bit. Raises
+    :class:`tersor.InputError` where none does.
     """
     codes = residual_codes(values, codebooks)
-    open_ = torch.nonzero((residual_values(codes, codebooks) != values).any(1))[:, 0]
-    sizes = [len(c) for c in codebooks]
-    step = max(1, _ROWS // (min(beam, sizes[0]) * max(sizes)))
-    for rows in open_.split(step):
-        codes[rows] = _search(values[rows], codebooks, beam)
+    for width in (beam, 16 * beam):
+        wrong = torch.nonzero((residual_values(codes, codebooks) != values).any(1))[:, 0]
+        if not len(wrong):
+            break
+        for rows in wrong.split(max(1, _ROWS // (width * max(len(c) for c in codebooks)))):
+            codes[rows] = _search(values[rows], codebooks, width)
     if bool((residual_values(codes, codebooks) != values).any()):
-        raise InputError(f"some vectors are no sums of {len(codebooks)} codewords, or their codes are not among {beam} candidates")
+        raise InputError(f"some vectors are no sums of {len(codebooks)} codewords, or not of {width} candidates")
     return codes
 
 
