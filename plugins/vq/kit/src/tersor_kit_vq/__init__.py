@@ -3,6 +3,7 @@
 from tersor_kit_vq.autoencoder import FACTOR, Autoencoder, crops, padded, three_channels, train
 from tersor_kit_vq.bits import bit_groups, bit_sizes, bits_to_codes, codebook_entropy, codes_to_bits, token_entropy
 from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through, together
+from tersor_kit_vq.grids import from_grid, grid_shape, to_grid
 from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
 from tersor_kit_vq.prior import IndexPrior
@@ -28,6 +29,8 @@ __all__ = [
     "codes_to_bits",
     "crops",
     "fit_layer",
+    "from_grid",
+    "grid_shape",
     "index_bits",
     "invert",
     "join",
@@ -44,6 +47,7 @@ __all__ = [
     "straight_through",
     "sums_by_code",
     "three_channels",
+    "to_grid",
     "together",
     "token_entropy",
     "train",

@@ -17,7 +17,7 @@ from tersor_kit_vq.codebook import together
 from tersor_kit_vq.layers import add_over_processes
 
 _WORD = 31  # bits of one integer
-_ROWS = 1 << 12  # vectors whose probabilities are held at once
+_ROWS = 1 << 10  # vectors whose probabilities are held at once
 
 
 def bit_groups(bits: int, most: int) -> list[int]:
@@ -116,7 +116,14 @@ def codebook_entropy(odds: Tensor, groups: Sequence[int], shared: bool = False) 
     Scalar, 0 of no vectors.
     """
     p = odds.sigmoid()
-    sums = [_MeanCode.apply(part).flatten() for part in p.split(list(groups), 1)]
+    ones = p.sum(0)
+    sums, first = [], 0
+    for g in groups:
+        if g == 1:
+            sums.append(torch.stack([len(p) - ones[first], ones[first]]))
+        else:
+            sums.append(_MeanCode.apply(p[:, first : first + g]).flatten())
+        first += g
     both = torch.cat([*sums, p.new_full((1,), float(len(p)))])
     if shared and together():
         both = _Shared.apply(both)
