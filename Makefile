@@ -1,5 +1,5 @@
 # The habits. `make demo` and `make test` work in a clean checkout; both go through `make setup`.
-.PHONY: setup demo test lint docs bench leaderboard verify wheels generate clean
+.PHONY: setup demo test lint docs bench leaderboard leaderboard-vq verify wheels generate clean
 .DEFAULT_GOAL := test
 
 PY := .venv/bin/python
@@ -38,6 +38,10 @@ bench: setup
 # peers that are missing give a row that says so: .venv/bin/uv pip install -r bench/requirements.txt
 leaderboard: setup
 	@$(PY) -m bench.leaderboard $(ARGS)
+
+# ARGS=--quick takes a few minutes
+leaderboard-vq: setup
+	@$(PY) -m bench.leaderboard_vq $(ARGS)
 
 verify: setup
 	@for m in $(METHODS); do echo "== $$m"; $(PY) -m tersor verify $$m --record docs/evidence || true; done

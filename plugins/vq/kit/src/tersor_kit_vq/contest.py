@@ -188,8 +188,13 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
 
 
 def joined(codes: Tensor, layer: Any) -> Tensor:
-    """Codes, int64 of the leading shape, with all indices of a vector as one number."""
-    return codes if isinstance(layer.sizes, int) else join(codes, layer.sizes)
+    """Codes, int64 of the leading shape, with all indices of a vector as one number; above 62 bits a hash of them."""
+    if isinstance(layer.sizes, int):
+        return codes
+    if layer.bits <= 62:
+        return join(codes, layer.sizes)
+    odd = torch.randint(1 << 62, (len(layer.sizes),), generator=torch.Generator().manual_seed(0)) | 1
+    return (codes * odd).sum(-1)
 
 
 @torch.no_grad()

@@ -142,7 +142,9 @@ def _check(x: Tensor, keys: Tensor, words: Tensor, bias: Tensor | None) -> None:
     right = sizes is not None and sizes[1] > 0 and keys.shape[1] == sizes[0] and words.ndim == 2 and len(words) == sizes[1]
     if not right or (bias is not None and tuple(bias.shape) != (len(keys),)):
         given = ", ".join(str(tuple(t.shape)) for t in (x, keys, words, bias) if t is not None)
-        raise InputError(f"a posterior takes vectors N x d, keys K x d, words K x e and a bias of K, K of 1 or more; given: {given}")
+        raise InputError(
+            f"a posterior takes vectors N x d, keys K x d, words K x e and a bias of K, K of 1 or more; given: {given}"
+        )
 
 
 def posterior(
