@@ -10,12 +10,14 @@ from tersor_kit_vq.prior import IndexPrior
 from tersor_kit_vq.residual import invert, residual_codes, residual_values
 from tersor_kit_vq.rotation import rotate_to
 from tersor_kit_vq.search import kmeans, nearest, sums_by_code
+from tersor_kit_vq.softmax import Posterior, likeliest, posterior
 
 __all__ = [
     "FACTOR",
     "Autoencoder",
     "Codebook",
     "IndexPrior",
+    "Posterior",
     "Quantized",
     "VectorLayer",
     "VectorQuantizer",
@@ -35,11 +37,13 @@ __all__ = [
     "invert",
     "join",
     "kmeans",
+    "likeliest",
     "mean_square",
     "nearest",
     "pack_indices",
     "pack_mixed",
     "padded",
+    "posterior",
     "residual_codes",
     "residual_values",
     "rotate_to",
