@@ -6,12 +6,14 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import tersor
 from bench.common import Report, Row, Size, missing, say, there, turns
+from tersor.api import as_method
 
 INSTALL = "pip install einops; pip install --no-deps vector-quantize-pytorch einx torch-einops-utils frozendict loguru"
 
@@ -24,9 +26,9 @@ def most():  # of this program alone, in kB (ru_maxrss knows the parent's too)
 
 side, count, size, dim = sys.argv[1], *map(int, sys.argv[2:])
 x, words = torch.randn(1, count, dim), torch.randn(size, dim)
-if side == "ours":
-    import tersor
-    layer = tersor.quantizer("vq-vae", codes=size, dim=dim).layer("random")
+if side != "theirs":
+    from tersor.api import as_method
+    layer = as_method(side).layer()
 else:
     from vector_quantize_pytorch import VectorQuantize
     layer = VectorQuantize(dim=dim, codebook_size=size, decay=0.99, commitment_weight=0.25)
@@ -63,7 +65,8 @@ def product(words: torch.Tensor, x: torch.Tensor, rows: int = 1024) -> None:
 
 
 def peak(side: str, count: int, size: int, dim: int) -> float:
-    """MB of memory that a training step takes beyond what there was before, in a process of its own (Linux)."""
+    """MB of memory that a forward pass in training takes beyond what there was before, in a process of its own (Linux). ``side``: a
+    method, or "theirs"."""
     command = [sys.executable, "-c", _PEAK, side, str(count), str(size), str(dim)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return float(done.stdout.split()[-1]) * 1024 / 1e6
@@ -118,14 +121,44 @@ def codebooks(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
                         ours=count / seconds["ours"] / 1e3, peer="vector-quantize-pytorch VectorQuantize" if k == "peer" else k,
                         theirs=count / s / 1e3, aim=aim)
                 )  # fmt: skip
-        memory = {"ours": peak("ours", count, codes, dim)} | (
-            {"peer": peak("peer", count, codes, dim)} if "peer" in layers else {}
+        memory = {"ours": peak(f"vq-vae:codes={codes},dim={dim}", count, codes, dim)} | (
+            {"peer": peak("theirs", count, codes, dim)} if "peer" in layers else {}
         )
         rows.append(
             Row(case=f"vq-vae, {codes} codes, 1 thread", measure="peak memory of a training step", unit="MB", ours=memory["ours"],
                 peer="vector-quantize-pytorch VectorQuantize" if "peer" in memory else "", theirs=memory.get("peer"), better="lower",
                 aim=0.5 if "peer" in memory else None, note=f"all distances: {4 * count * codes / 1e6:.0f} MB")
         )  # fmt: skip
+    return rows
+
+
+def others(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
+    """The other methods that the peer has too: a training step with 1,024 and 16,384 codes, one thread."""
+    if not there("vector_quantize_pytorch"):
+        return []
+    from vector_quantize_pytorch import LFQ, ResidualVQ, SimVQ, VectorQuantize
+
+    rows = []
+    for codes in size.pick((64,), (1024, 16384)):
+        bits = codes.bit_length() - 1
+        ema = dict(dim=dim, codebook_size=codes, decay=0.99, commitment_weight=0.25)
+        pairs: dict[str, tuple[str, Callable[[], Any], float]] = {
+            f"rotation-trick:codes={codes},dim={dim}": ("VectorQuantize, rotation", lambda e=ema: VectorQuantize(rotation_trick=True, **e), 5.0),
+            f"simvq:codes={codes},dim={dim}": ("SimVQ", lambda c=codes: SimVQ(dim=dim, codebook_size=c), 1.0),
+            f"rq-vae:codes={codes},dim={dim},depth=4": ("ResidualVQ, 4 levels", lambda e=ema: ResidualVQ(num_quantizers=4, **e), 5.0),
+            f"bsq:bits={bits},dim={dim}": ("LFQ, spherical", lambda c=codes: LFQ(dim=dim, codebook_size=c, spherical=True), 100.0),
+            f"maskbit:bits={bits},dim={dim}": ("LFQ", lambda c=codes: LFQ(dim=dim, codebook_size=c), 100.0),
+        }  # fmt: skip
+        for ours, (peer, build, aim) in pairs.items():
+            say(ours)
+            sides = {"ours": as_method(ours).layer().train(), "peer": build().train()}
+            seconds = turns({k: functools.partial(both, m, x) for k, m in sides.items()}, 1 if codes > 4096 else size.pick(1, 3))
+            memory = peak(ours, count, codes, dim)
+            rows.append(
+                Row(case=f"{ours}, 1 thread", measure="training step", unit="thousand vectors/s", ours=count / seconds["ours"] / 1e3,
+                    peer=f"vector-quantize-pytorch {peer}", theirs=count / seconds["peer"] / 1e3, aim=aim,
+                    note=f"{memory:.0f} MB for the forward pass; all distances: {4 * count * codes / 1e6:.0f} MB")
+            )  # fmt: skip
     return rows
 
 
@@ -169,7 +202,7 @@ def run(size: Size) -> Report:
         torch.set_num_threads(threads)
         rows += fsq(size, count, dim, x, threads)
     torch.set_num_threads(1)
-    rows += codebooks(size, count, dim, x) + clusters(size, count, dim, x)
+    rows += codebooks(size, count, dim, x) + others(size, count, dim, x) + clusters(size, count, dim, x)
     torch.set_num_threads(before)
     if not there("vector_quantize_pytorch"):
         rows.append(missing("all", "vector-quantize-pytorch", INSTALL))
