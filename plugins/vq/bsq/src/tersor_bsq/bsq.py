@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from tersor import (
@@ -26,11 +26,10 @@ from tersor import (
     track,
 )  # fmt: skip
 from tersor_kit_vq import (
+    BitLayer,
     IndexPrior,
-    VectorLayer,
     VectorQuantizer,
     bit_groups,
-    bit_sizes,
     bits_to_codes,
     codebook_entropy,
     codes_to_bits,
@@ -39,30 +38,25 @@ from tersor_kit_vq import (
     straight_through,
     to_grid,
     token_entropy,
-    unbridge,
 )
 
 _PRIOR_BITS = 10  # of one index that the prior predicts
 
 
-class BSQLayer(VectorLayer):
+class BSQLayer(BitLayer):
     """v = ``project_in`` (z) of L dimensions, u = v / |v| on the unit sphere, u_hat = sign(u) / sqrt(L), out by ``project_out`` (section 4).
 
     The soft code of a vector, softmax over all corners c of u . c / temperature, is a product over the bits, whose log odds are
-    2 u_d / (temperature sqrt(L)). ``loss``: ``entropy`` times (mean token entropy - ``gamma`` codebook entropy), in nats, plus ``commitment`` times mean |u_hat - u|^2. Codes: the bits as an integer, the first dimension counting most; several integers beyond 31 bits.
-    Values give back their codes where dim is at least L; with fewer dimensions ``project_out`` can be undone for no values.
+    2 u_d / (temperature sqrt(L)). ``loss``: ``entropy`` times (mean token entropy - ``gamma`` codebook entropy), in nats, plus
+    ``commitment`` times mean |u_hat - u|^2. Codes: the bits as an integer, the first dimension counting most; several integers beyond 31
+    bits. Values give back their codes where dim is at least L; with fewer dimensions ``project_out`` cannot be undone.
     """
 
     def __init__(
         self, bits: int, dim: int, group: int, temperature: float, entropy: float, gamma: float, commitment: float
     ) -> None:
-        super().__init__("bsq", dim, bit_sizes(bits))
-        self.length, self.radius = bits, bits**-0.5
-        self.groups = bit_groups(bits, group)
-        self.words = bit_groups(bits, 31)
+        super().__init__("bsq", bits, dim, group, radius=bits**-0.5)
         self.temperature, self.entropy, self.gamma, self.commitment = temperature, entropy, gamma, commitment
-        self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
-        self.invertible = dim >= bits
 
     def sphere(self, x: Tensor) -> Tensor:
         """Vectors, float32 N x dim, on the unit sphere: N x L."""
@@ -77,30 +71,13 @@ class BSQLayer(VectorLayer):
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u = self.sphere(x)
         bits = u.detach() > 0
-        hat = straight_through(u, self._corners(bits))
+        hat = straight_through(u, self.corners(bits))
         odds = self.odds(u)
         penalty = token_entropy(odds) - self.gamma * codebook_entropy(odds, self.groups, shared=self.training)
         loss = self.entropy * penalty
         if self.commitment:
             loss = loss + self.commitment * (hat.detach() - u).square().sum() / max(len(u), 1)
-        return self.project_out(hat), self._integers(bits), loss
-
-    def _corners(self, bits: Tensor) -> Tensor:
-        return (bits.float() * 2 - 1) * self.radius
-
-    def _integers(self, bits: Tensor) -> Tensor:
-        codes = bits_to_codes(bits, self.words)
-        return codes[:, 0] if isinstance(self.sizes, int) else codes
-
-    def code_bits(self, codes: Tensor) -> Tensor:
-        """The bits, bool N x L, of codes (int64 N, or N x n beyond 31 bits)."""
-        return codes_to_bits(codes[:, None] if codes.ndim == 1 else codes, self.words)
-
-    def _values(self, codes: Tensor) -> Tensor:
-        return self.project_out(self._corners(self.code_bits(codes)))  # type: ignore[no-any-return]
-
-    def _codes(self, values: Tensor) -> Tensor:
-        return self._integers(unbridge(self.project_out, values) > 0)
+        return self.project_out(hat), self.integers(bits), loss
 
 
 @method
@@ -202,7 +179,7 @@ class BSQ(VectorQuantizer):
         grid = self._prior.decode(parts["codes"], (batch, height, width * len(self._sizes)))
         bits = codes_to_bits(from_grid(grid, math.prod(spec.shape[:-1]), self._sizes), self._prior_groups)
         layer = self._trained
-        return layer.codes_to_values(layer._integers(bits)).view(spec.shape)
+        return layer.codes_to_values(layer.integers(bits)).view(spec.shape)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -28,6 +28,17 @@ def codebook_use(seed: int) -> Iterator[Row]:
         yield from compared(f"less reconstruction error than vq-vae, {bits} bits", "mse", ours, theirs, "lower")
 
 
+@claim("a heavier entropy penalty brings the codes' joint entropy nearer to their length")
+def penalty(seed: int) -> Iterator[Row]:
+    """Ten times the default weight, 10 bits a vector."""
+    ours, default = trials("bsq:bits=10,dim=32,entropy=1.0", seed=seed), trials("bsq:bits=10,dim=32", seed=seed)
+    yield from compared("joint entropy at entropy=1 above that at 0.1, 10 bits", "order0", ours, default, "higher")
+    yield from compared("joint entropy at entropy=1 above 0.9 of 10 bits", "order0", ours, 9.0, "higher", name="0.9 of 10 bits")
+    yield from compared(
+        "less reconstruction error than vq-vae at entropy=1, 10 bits", "mse", ours, trials(plain(10), seed=seed), "lower"
+    )
+
+
 def _hard(bits: torch.Tensor, groups: list[int]) -> float:
     """Entropy of signs (bool N x L) in bits, summed over groups."""
     odds = torch.where(bits, 100.0, -100.0)

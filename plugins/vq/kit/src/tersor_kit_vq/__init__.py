@@ -1,7 +1,7 @@
 """What the vector quantizers share: search, k-means, codebooks, packing, an autoencoder of images, a prior of indices."""
 
 from tersor_kit_vq.autoencoder import FACTOR, Autoencoder, crops, padded, three_channels, train
-from tersor_kit_vq.bits import bit_groups, bit_sizes, bits_to_codes, codebook_entropy, codes_to_bits, token_entropy
+from tersor_kit_vq.bits import BitLayer, bit_groups, bit_sizes, bits_to_codes, codebook_entropy, codes_to_bits, token_entropy
 from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through, together
 from tersor_kit_vq.grids import from_grid, grid_shape, to_grid
 from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
@@ -15,6 +15,7 @@ from tersor_kit_vq.softmax import Posterior, likeliest, posterior
 __all__ = [
     "FACTOR",
     "Autoencoder",
+    "BitLayer",
     "Codebook",
     "IndexPrior",
     "Posterior",

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor_kit_vq.codebook import together
-from tersor_kit_vq.layers import add_over_processes
+from tersor_kit_vq.layers import VectorLayer, add_over_processes, unbridge
 
 _WORD = 31  # bits of one integer
 _ROWS = 1 << 10  # vectors whose probabilities are held at once
@@ -129,3 +129,38 @@ def codebook_entropy(odds: Tensor, groups: Sequence[int], shared: bool = False) 
         both = _Shared.apply(both)
     mean = both[:-1] / both[-1].clamp(min=1).detach()
     return torch.special.entr(mean.clamp(min=1e-30)).sum()
+
+
+class BitLayer(VectorLayer):
+    """A layer whose codes are the signs of a vector of L dimensions: ``project_in`` of dim to L, ``project_out`` of signs times ``radius`` to dim.
+
+    Codes: the bits (1 where positive) as an integer, the first dimension counting most; several integers beyond 31 bits. ``groups``: runs of
+    at most ``group`` bits, whose joint codes a codebook entropy sees. Values give back their codes where dim is at least L; with
+    fewer dimensions the map out cannot be undone (``invertible``). A method gives :meth:`_quantize`.
+    """
+
+    def __init__(self, name: str, bits: int, dim: int, group: int, radius: float = 1.0) -> None:
+        super().__init__(name, dim, bit_sizes(bits))
+        self.length, self.radius = bits, radius
+        self.groups, self.words = bit_groups(bits, group), bit_groups(bits, _WORD)
+        self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
+        self.invertible = dim >= bits
+
+    def corners(self, bits: Tensor) -> Tensor:
+        """Signs of bits (bool N x L) times ``radius``, float32."""
+        return (bits.float() * 2 - 1) * self.radius
+
+    def integers(self, bits: Tensor) -> Tensor:
+        """Codes, int64 N (N x n beyond 31 bits), of bits (bool N x L)."""
+        codes = bits_to_codes(bits, self.words)
+        return codes[:, 0] if isinstance(self.sizes, int) else codes
+
+    def code_bits(self, codes: Tensor) -> Tensor:
+        """The bits, bool N x L, of codes (int64 N, or N x n beyond 31 bits)."""
+        return codes_to_bits(codes[:, None] if codes.ndim == 1 else codes, self.words)
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return self.project_out(self.corners(self.code_bits(codes)))  # type: ignore[no-any-return]
+
+    def _codes(self, values: Tensor) -> Tensor:
+        return self.integers(unbridge(self.project_out, values) > 0)
