@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from tersor.evidence import Row, claim
 from tersor_kit_vq.contest import Protocol, compared, plain, trials
 
-
 FEWER = Protocol(steps=500, prior_steps=0)  # 2^13 codes cost five times as much a step as 2^10 do
 
 
