@@ -11,6 +11,7 @@ from tersor_kit_vq.residual import invert, residual_codes, residual_values
 from tersor_kit_vq.rotation import rotate_to
 from tersor_kit_vq.search import kmeans, nearest, sums_by_code
 from tersor_kit_vq.softmax import Posterior, likeliest, posterior
+from tersor_kit_vq.standard import standard
 
 __all__ = [
     "FACTOR",
@@ -49,6 +50,7 @@ __all__ = [
     "residual_values",
     "rotate_to",
     "split",
+    "standard",
     "straight_through",
     "sums_by_code",
     "three_channels",
