@@ -31,7 +31,7 @@ goes on where it was cut off.
 Numbers are means over the seeds, of PSNR with the standard deviation. `vector error` is |z - q|^2 relative to the variance of the vectors, which depends on what
 the encoder learned; the pictures' PSNR is what counts. `live` is the share of codes in use (mean over the indices of a vector), `perplexity` that of all codes of a
 vector together, `order 0` their entropy and `prior` what a learned prior ({prior:,} steps on the codes of the training pictures) needs, both in bits a vector on the
-photographs; codes of more than 13 bits have no prior. Seconds are of training, the autoencoder included ({plain} for it and no quantizer); vectors a second are of the trained layer,
+photographs; codes of more than 11 bits have no prior. Seconds are of training, the autoencoder included ({plain} for it and no quantizer); vectors a second are of the trained layer,
 in evaluation mode. All on {threads} thread(s) of {machine}{clock}.
 
 """

@@ -69,7 +69,9 @@ def test_fit_comes_to_the_levels_of_lloyd_and_max():
     vectors = normal(20000, 2) * torch.tensor([1e-3, 50.0]) + torch.tensor([0.0, 1000.0])
     method = tersor.quantizer("qlae", values=4, dim=2, steps=600).fit([vectors])
     relative = (method.state["levels"] - torch.tensor([[0.0], [1000.0]])) / torch.tensor([[1e-3], [50.0]])
-    torch.testing.assert_close(relative.sort(1).values, torch.tensor([-1.510, -0.4528, 0.4528, 1.510]).expand(2, 4), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(
+        relative.sort(1).values, torch.tensor([-1.510, -0.4528, 0.4528, 1.510]).expand(2, 4), rtol=0.03, atol=0.03
+    )
     error = (method.dequantize(method.quantize(vectors)) - vectors).square().mean(0) / vectors.var(0)
     torch.testing.assert_close(error, torch.full((2,), 0.1175), rtol=0.03, atol=0)
     assert method.quantize(vectors).nbytes < 20000 * 4 / 8 + 400
@@ -154,7 +156,9 @@ def test_information_of_continuous_latents_is_near_that_of_normal_mixtures():
     t = torch.linspace(-8, 11, 20001, dtype=torch.float64)
     p = torch.stack([torch.exp(-((t - m) ** 2) / 2) / math.sqrt(2 * math.pi) for m in (0, 3)])
     exact = float((0.5 * p * (p / p.mean(0)).log()).sum() * (t[1] - t[0]))
-    found = normalized_information(classes[:, None], torch.stack([z, z * -1e4 + 7, torch.randn(6000, generator=generator)], 1), False)
+    found = normalized_information(
+        classes[:, None], torch.stack([z, z * -1e4 + 7, torch.randn(6000, generator=generator)], 1), False
+    )
     assert found[0, 0] == pytest.approx(exact / math.log(2), abs=0.02)
     assert found[0, 1] == pytest.approx(float(found[0, 0]), abs=1e-3)
     assert found[0, 2] < 0.01

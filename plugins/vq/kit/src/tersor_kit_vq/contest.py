@@ -37,7 +37,7 @@ from tersor_kit_vq.prior import IndexPrior
 
 SEEDS = (0, 1, 2)
 PHOTOGRAPHS, KODAK = "photographs", "Kodak"
-_PRIOR_LIMIT = 1 << 13  # different codes of a vector that one prior takes
+_PRIOR_LIMIT = 1 << 11  # different codes of a vector that one prior takes
 
 
 @attrs.frozen(kw_only=True)
