@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, default=10, help="code bits a vector (10)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (3)")
     parser.add_argument("--steps", type=int, default=None, help="training steps of each")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps; the page is only printed")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, no prior; the page is only printed")
     parser.add_argument(
         "--part", metavar="K/N", help="only every N-th row, from the K-th: several runs beside one another fill one cache"
     )
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tersor_kit_vq.contest import KODAK, Protocol, contestants, trial
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    protocol = Protocol(steps=100, prior_steps=50) if given.quick else Protocol()
+    protocol = Protocol(steps=100, prior_steps=0) if given.quick else Protocol()
     if given.steps is not None:
         protocol = attrs.evolve(protocol, steps=given.steps)
     seeds = range(1 if given.quick else given.seeds)
