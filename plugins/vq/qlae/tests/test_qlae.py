@@ -208,6 +208,7 @@ def test_poor_input_is_refused(sources, latents, message):
 def test_pictures_differ_by_their_sources_alone():
     sources = every_combination()
     assert len(sources) == math.prod(SOURCES.values()) == len(sources.unique(dim=0))
+    assert every_combination(("x", "y")).unique(dim=0).shape == (36, 6)
     chosen = sources[torch.randperm(len(sources), generator=torch.Generator().manual_seed(0))[:500]]
     pictures = render(chosen)
     assert pictures.shape == (500, 3, 16, 16)
