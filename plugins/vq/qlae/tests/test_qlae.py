@@ -77,6 +77,16 @@ def test_fit_comes_to_the_levels_of_lloyd_and_max():
     assert method.quantize(vectors).nbytes < 20000 * 4 / 8 + 400
 
 
+def test_fit_of_few_equal_or_large_vectors():
+    one = tersor.quantizer("qlae", values=4, dim=3, steps=3).fit([torch.tensor([[1.0, -2.0, 1e30]])])
+    assert torch.equal(one.dequantize(one.quantize(torch.tensor([[1.0, -2.0, 1e30]]))), torch.tensor([[1.0, -2.0, 1e30]]))
+    large = tersor.quantizer("qlae", values=4, dim=2, steps=3).fit([normal(50, 2) * 1e37])
+    assert bool(torch.isfinite(large.state["levels"]).all())
+    for poor in (torch.zeros(0, 3), torch.full((2, 3), math.nan)):
+        with pytest.raises(tersor.InputError):
+            tersor.quantizer("qlae", values=4, dim=3).fit([poor])
+
+
 def test_equal_bits_and_a_bridge_to_other_dimensions():
     method = tersor.quantizer("qlae")
     assert [str(m) for m in method.at_code_bits(10, 32)] == ["qlae:values=4,dim=5"]

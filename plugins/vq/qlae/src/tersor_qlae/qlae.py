@@ -112,14 +112,15 @@ class Qlae(VectorQuantizer):
         layer = self.layer()
         if len(x) == 0 or not bool(torch.isfinite(x).all()):
             raise InputError(f"qlae: fit needs at least one vector, and no NaN or infinity; given: {len(x)} vectors")
-        mean, spread = x.mean(0), x.std(0, correction=0)
+        # squares of large elements leave float32
+        mean, spread = x.double().mean(0), x.double().std(0, correction=0)
         scale = torch.where(spread > 0, spread, 1)
-        x = (x - mean) / scale
+        x = ((x - mean) / scale).float()
         with torch.no_grad():  # each level starts with as many vectors
             ranks = ((torch.arange(self.values) + 0.5) / self.values * len(x)).long()
             layer.levels.copy_(x.sort(0).values[ranks].T)
         levels = fit_layer(layer, x, self.steps, self.seed).levels.detach()
-        return {"levels": levels * scale[:, None] + mean[:, None]}
+        return {"levels": (levels * scale[:, None] + mean[:, None]).float()}
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
