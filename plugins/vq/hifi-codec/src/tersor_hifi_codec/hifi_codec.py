@@ -21,7 +21,7 @@ from tersor_kit_vq import (
 
 
 class GRVQLayer(VectorLayer):
-    """Group-residual vector quantization (section 3.2, algorithm 1): vectors are split into ``groups`` equal parts, and each is quantized
+    """Group-residual vector quantization, GRVQ: vectors are split into ``groups`` equal parts, and each is quantized
     ``depth`` times, every time what the codeword before has left over, by a codebook of its own. The parts are put together again.
 
     ``codes``: int64 ... x (depth groups), those of all groups at the first depth, then at the second, as in the authors' code; ``values``: the

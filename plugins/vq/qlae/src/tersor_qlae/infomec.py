@@ -1,4 +1,6 @@
-"""InfoMEC: modularity, explicitness and compactness of a representation (Hsu et al., https://arxiv.org/abs/2305.18378, section 4)."""
+"""InfoMEC: modularity, explicitness and compactness of a representation (Hsu et al., https://arxiv.org/abs/2305.18378).
+
+Definitions and estimators are those of the file for InfoMEC that the authors released."""
 
 from __future__ import annotations
 
@@ -89,7 +91,7 @@ def _with_continuous(classes: Tensor, z: Tensor, neighbours: int) -> float:
 
 
 def normalized_information(sources: Any, latents: Any, discrete: bool, neighbours: int = 10) -> Tensor:
-    """I(source; latent) / H(source), float64 sources x latents (equation 5).
+    """I(source; latent) / H(source), float64 sources x latents.
 
     ``sources``: samples x sources, any numbers, each different value a class; ``latents``: samples x latents. ``discrete``: latents are codes, and
     frequencies are counted; else the estimate is by ``neighbours`` nearest neighbours, after noise of 1e-10 that parts equal ones.
@@ -136,7 +138,7 @@ def _log_loss(features: Tensor, classes: Tensor, iterations: int) -> float:
 
 
 def explicitness(sources: Any, latents: Any, discrete: bool, iterations: int = 100) -> float:
-    """InfoE: the mean over sources of the share of its entropy that a linear classifier of all latents takes away (equation 8).
+    """InfoE: the mean over sources of the share of its entropy that a linear classifier of all latents takes away.
 
     Discrete latents go in one-hot, others standardized. The classifier without latents guesses uniformly, since classes are weighted
     alike, so its loss is the logarithm of their number. Errors: :func:`normalized_information`.
@@ -166,8 +168,8 @@ def _concentration(information: Tensor) -> float:
 def infomec(sources: Any, latents: Any, discrete: bool, neighbours: int = 10) -> InfoMEC:
     """InfoM, InfoE and InfoC of latents (samples x latents) against the known sources (samples x sources) that made the data.
 
-    Modularity and compactness are of the active latents (equations 6 and 7): codes that vary, or continuous latents with a range of at least a twentieth
-    of the largest (appendix D). Compactness is NaN with fewer than two of them, modularity with none or with a single source; a latent that knows nothing counts 0.
+    Modularity and compactness are of the active latents: codes that vary, or continuous latents with a range of at least a twentieth
+    of the largest. Compactness is NaN with fewer than two of them, modularity with none or with a single source; a latent that knows nothing counts 0.
     Errors: :func:`normalized_information`.
     """
     information = normalized_information(sources, latents, discrete, neighbours)

@@ -16,7 +16,7 @@ WEIGHT_DECAY = 0.1  # of AdamW at a rate of 1e-3, on the networks around the lay
 
 def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:
     """The strong regularization that is half of the method, as groups for ``torch.optim.AdamW``: all weights of ``model`` decay, except
-    biases and the levels of :class:`QLAELayer` (section 3.2; which parameters are exempt is from the authors' code).
+    biases and the levels of :class:`QLAELayer`, which the authors' code exempts too.
 
     ``weight_decay``: at the authors' rate of 1e-3 for 200,000 steps. What AdamW takes off is rate x weight_decay of a weight in a step, so
     that far shorter training needs more. Raises :class:`tersor.InputError` for one below 0.
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> li
 
 
 class QLAELayer(VectorLayer):
-    """``forward(z) -> Quantized(values, codes, loss)``: each dimension of z becomes the nearest of its own ``levels`` (section 3.1).
+    """``forward(z) -> Quantized(values, codes, loss)``: each dimension of z becomes the nearest of its own ``levels``.
 
     ``levels``: a parameter, float32 d x n_v, evenly from -0.5 to 0.5 at first; ``codes``: int64 ... x d; ``values``: the levels, with the
     gradient copied straight through to z; ``loss``: ``quantization`` mean (sg[z] - q)^2, which alone moves the levels, plus ``commitment``
