@@ -1,6 +1,7 @@
 """Every conformance check can fail: a deliberately wrong method for each."""
 
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -64,6 +65,51 @@ class Rows(Nearest):
         codes = torch.from_numpy(parts["codes"].reshape(spec.shape))
         scale = torch.full((len(codes), 1), 1 / 8)
         return Uniform((codes + 128).byte(), scale, torch.full_like(scale, 128), 8, codes.shape[1])
+
+
+def steps_layer(noise=0.0):
+    """Rounds to eighths, with the gradient straight through; ``noise`` makes it wrong."""
+    torch = pytest.importorskip("torch")
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("step", torch.full((2,), 1 / 8))
+
+        def forward(self, z):
+            if not z.is_floating_point() or z.ndim < 1 or z.shape[-1] not in (3, 4) or not bool(torch.isfinite(z).all()):
+                raise InputError("vectors of 3 or 4 finite floats are allowed")
+            x = z.detach().float() + noise * torch.rand(z.shape)
+            codes = (x / self.step[0]).round().long()
+            values = self.codes_to_values(codes).to(z.dtype)
+            return Quantized(values + (z - z.detach()), codes, (z.float() - x).square().sum())
+
+        def codes_to_values(self, codes):
+            return codes * self.step[0]
+
+        def values_to_codes(self, values):
+            return (values / self.step[0]).round().long()
+
+    return Layer()
+
+
+class Quantized(NamedTuple):
+    values: Any
+    codes: Any
+    loss: Any
+
+
+@method
+class Trains(Nearest):
+    """Rounds to eighths, in a layer too."""
+
+    name = "trains"
+
+    def layer(self):
+        return steps_layer()
+
+    def example_inputs(self):
+        return [np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)]
 
 
 @method
@@ -130,7 +176,7 @@ class Draw(Decoder):
         return rng.choice(len(p), p=p)
 
 
-@pytest.mark.parametrize("cls", [Sound, Nearest, Rows, First, Argmax, Draw])
+@pytest.mark.parametrize("cls", [Sound, Nearest, Rows, Trains, First, Argmax, Draw])
 def test_sound_methods_pass_every_check(cls, monkeypatch):
     registry.index()
     monkeypatch.setitem(registry._classes, (cls.kind, cls.name), cls)
@@ -206,6 +252,7 @@ WRONG = {
     "empty-input": None,
     "weights": wrong(Rows, _quantize=_scaled),
     "calibration-data": wrong(Rows, _quantize=_weighted),
+    "layer": wrong(Trains, layer=lambda self: steps_layer(noise=1.0)),
     "levels": wrong(Rows, _uniform=_shifted),
     "corrupted-bytes": None,
     "hostile-payload": wrong(Sound, _decode=_busy),
