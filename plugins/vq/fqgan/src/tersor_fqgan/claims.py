@@ -118,4 +118,4 @@ def factors(seed: int) -> Iterator[Row]:
     yield row("an aligned factor's code tells more of the teacher's features", "share of their variance explained, photographs", "explained",
               "both", "regularised", "higher", "without align", margin=0.1)  # fmt: skip
     yield row("alignment costs at most a tenth more reconstruction error", "mean squared error, photographs", "mse",
-              "both", "regularised", "lower", "without align", margin=-0.1)  # fmt: skip
+              "both", "regularised", "lower", "without align", slack=0.1 * float(np.mean([r["mse"] for r in rows["regularised"]])))  # fmt: skip
