@@ -23,7 +23,7 @@ _BINS, _CELL = 8, 4  # orientations, pixels of a cell's side
 @claim("sub-codebooks are used whole, and images come back as from one codebook of as many bits")
 def codebook_use(seed: int) -> Iterator[Row]:
     """Two factors, at 10 and 13 bits a vector, beside a codebook of moving averages with as many."""
-    for bits, codes in ((10, "32/32"), (13, "128/64")):
+    for bits, codes in ((10, "[32,32]"), (13, "[128,64]")):
         ours, theirs = trials(f"fqgan:codes={codes},dim=32", seed=seed), trials(plain(bits), seed=seed)
         yield from compared(
             f"sub-codebooks of {codes} codewords: nearly all used", "use", ours, 0.95, "higher", name="19 of 20 of each"
