@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tersor
 from tersor.testing import assert_conforms
@@ -126,6 +127,30 @@ def test_the_pool_fills_and_is_replaced():
     assert len(set(pool[:, 0].tolist()) & set(range(1, 11))) == 7
     anchors.refill(pool, 10, x[60:], one([40]))
     assert float(pool.min()) > 60
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("anchor", ["closest", "random", "probrandom"])
+def test_nothing_is_as_large_as_vectors_times_codewords(anchor, monkeypatch):
+    monkeypatch.setattr("tersor_cvq_vae.cvq_vae._TILE", 1 << 17)
+    monkeypatch.setattr(anchors, "_WORDS", 128)
+    x, layer = normal(2000, 3).requires_grad_(), small(codes=2500, anchor=anchor, contrastive=True)
+    with Largest() as seen:
+        out = layer(x)
+        (out.values.sum() + out.loss).backward()
+    assert 100_000 < seen.elements <= 512 * 2048  # of five million; tiles of the search
 
 
 def test_dead_codewords_come_to_life():
