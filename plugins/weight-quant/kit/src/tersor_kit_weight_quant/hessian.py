@@ -152,6 +152,9 @@ def feedback(
         columns[middle:stop].addmm_(factor[start:middle, middle:stop].T, error[start:middle])
         run(middle, stop, entered)
 
-    if columns.shape[0]:
-        run(0, columns.shape[0], False)
+    try:
+        if columns.shape[0]:
+            run(0, columns.shape[0], False)
+    finally:
+        del run  # it calls itself: a cycle that would keep all of these tensors until the collector comes
     return error
