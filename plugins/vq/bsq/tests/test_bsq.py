@@ -109,7 +109,7 @@ def test_the_prior_leaves_fewer_bits_and_decodes_the_same(smooth):
     plain = tersor.quantizer("bsq", bits=12, dim=6)
     layer = plain.layer()
     packed = plain.with_layer(layer).quantize(smooth[20:])
-    method = tersor.quantizer("bsq", bits=12, dim=6, prior="autoregressive", steps=60)
+    method = tersor.quantizer("bsq", bits=12, dim=6, prior="autoregressive", steps=40)
     fitted = method.with_layer(layer, [smooth[:20]])
     coded = fitted.quantize(smooth[20:])
     assert torch.equal(fitted.dequantize(coded), plain.with_layer(layer).dequantize(packed))

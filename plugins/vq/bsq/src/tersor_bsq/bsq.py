@@ -184,5 +184,5 @@ class BSQ(VectorQuantizer):
     @classmethod
     def examples(cls) -> list[Self]:
         return cls._fitted(
-            cls(bits=4, dim=5, steps=8), cls(bits=40, dim=3, steps=2), cls(bits=12, dim=12, prior="autoregressive", steps=4)
+            cls(bits=4, dim=5, steps=8), cls(bits=40, dim=3, steps=2), cls(bits=3, dim=3, prior="autoregressive", steps=4)
         )

@@ -126,8 +126,11 @@ def feedback(
         own = torch.linalg.solve_triangular(own, torch.eye(stop - start, device=own.device), upper=False, unitriangular=True)
         return torch.addmm(error[start:stop], own, columns[start:stop] - error[start:stop])
 
-    def run(start: int, stop: int, entered: bool) -> None:
-        """Round [start, stop), already corrected for all before ``start``: a half, its effect on the other half, the other."""
+    def run(again: Callable[..., None], start: int, stop: int, entered: bool) -> None:
+        """Round [start, stop), already corrected for all before ``start``: a half, its effect on the other half, the other.
+
+        ``again``: this function. By its own name it would be a cycle, which keeps all tensors here until the collector comes.
+        """
         width = stop - start
         if width <= span and not entered:
             entered = True
@@ -148,13 +151,10 @@ def feedback(
             return
         unit = leaf if entered else span
         middle = start + (width + unit - 1) // unit // 2 * unit
-        run(start, middle, entered)
+        again(again, start, middle, entered)
         columns[middle:stop].addmm_(factor[start:middle, middle:stop].T, error[start:middle])
-        run(middle, stop, entered)
+        again(again, middle, stop, entered)
 
-    try:
-        if columns.shape[0]:
-            run(0, columns.shape[0], False)
-    finally:
-        del run  # it calls itself: a cycle that would keep all of these tensors until the collector comes
+    if columns.shape[0]:
+        run(run, 0, columns.shape[0], False)
     return error
