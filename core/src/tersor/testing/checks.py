@@ -446,8 +446,8 @@ def _levels(m: Any, _: _Context) -> None:
 def _layer(m: Any, _: _Context) -> None:
     """The layer that trains: any leading shape, its codes exact, evaluation without a trace, half precision, poor input, states."""
     torch = sys.modules.get("torch")
-    if torch is None or not callable(getattr(m, "layer", None)):
-        raise Skip("it has no torch layer")
+    if torch is None or "latent" not in m.domains or not callable(getattr(m, "layer", None)):
+        raise Skip("it has no torch layer of vectors")
     given = [x for x in map(to_numpy, m.example_inputs()) if x.ndim > 1 and x.dtype == np.float32]
     if not given:
         raise Failure("it has a layer, and example_inputs() gives no float32 array of vectors to try it with")
