@@ -89,7 +89,7 @@ def test_fit_of_few_equal_or_large_vectors():
 
 def test_equal_bits_and_a_bridge_to_other_dimensions():
     method = tersor.quantizer("qlae")
-    assert [str(m) for m in method.at_code_bits(10, 32)] == ["qlae:values=4,dim=5"]
+    assert [str(m) for m in method.at_code_bits(10, 32)] == ["qlae:values=4,dim=5,quantization=0.25,commitment=0.25"]
     for bits in range(1, 17):
         (m,) = method.at_code_bits(bits, 32)
         assert 2 ** (bits - 0.75) < m.values**m.dim <= 2**bits

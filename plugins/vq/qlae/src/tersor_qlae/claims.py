@@ -15,7 +15,7 @@ from tersor import quantizer, track
 from tersor.evidence import Row, claim
 from tersor_kit_vq.contest import SEEDS, Protocol, compared, plain, trials
 from tersor_qlae.infomec import InfoMEC, infomec
-from tersor_qlae.qlae import parameter_groups
+from tersor_qlae.qlae import Qlae, parameter_groups
 from tersor_qlae.sprites import SIDE, SOURCES, every_combination, render
 
 STEPS, BATCH, RATE, JUDGED = 4000, 64, 1e-3, 3000
@@ -113,10 +113,14 @@ def disentanglement(seed: int) -> Iterator[Row]:
         yield _row(seed, SIX, score, *same)
 
 
+def _at_ten_bits() -> str:
+    return str(Qlae.at_code_bits(10, Protocol().dim)[0])
+
+
 @claim("among quantizers at equal bits: all levels used, reconstruction beside vq-vae's")
 def codebook_use(seed: int) -> Iterator[Row]:
-    """5 dimensions of 4 levels, 2^10 codes, beside a codebook of moving averages with as many; no weight decay on either side."""
-    ours, theirs = trials("qlae:values=4,dim=5", Protocol(prior_steps=0), seed), trials(plain(10), seed=seed)
+    """5 dimensions of 4 levels, 2^10 codes, both losses at 0.25, beside a codebook of moving averages with as many; no weight decay on either side."""
+    ours, theirs = trials(_at_ten_bits(), Protocol(prior_steps=0), seed), trials(plain(10), seed=seed)
     yield from compared("all levels used", "use", ours, 0.95, "higher", name="19 of 20")
     yield from compared("less reconstruction error than vq-vae, 1024 codes", "mse", ours, theirs, "lower")
     yield from compared(

@@ -124,12 +124,11 @@ class Qlae(VectorQuantizer):
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
-        """4 to 10 levels in as many dimensions as come nearest to 2^bits codes from below; ``layer(dim)`` bridges to ``dim``."""
+        """4 to 10 levels in as many dimensions as come nearest to 2^bits codes from below; ``layer(dim)`` bridges to ``dim``. Both losses
+        have the 0.25 that is VQ-VAE's: where methods are compared nothing decays, and the authors' 0.01 lets latents run far from the levels."""
         known = [(n, d) for n in range(4, 11) for d in range(1, min(dim, bits) + 1) if n**d <= 2**bits]
-        if not known:
-            return [cls(values=2**bits, dim=1)]
-        values, latents = max(known, key=lambda nd: nd[0] ** nd[1])
-        return [cls(values=values, dim=latents)]
+        values, latents = max(known, key=lambda nd: nd[0] ** nd[1]) if known else (2**bits, 1)
+        return [cls(values=values, dim=latents, quantization=0.25, commitment=0.25)]
 
     @classmethod
     def examples(cls) -> list[Self]:
