@@ -58,6 +58,18 @@ class Affine(nn.Module):
         scale = ((self.variances[:1] + 1e-8) / (self.variances[1:] + 1e-8)).sqrt().clamp(max=_LARGEST)
         return scale, self.means[:1] - scale * self.means[1:]
 
+    @torch.no_grad()
+    def move(self, words: Tensor, scale: Tensor, offset: Tensor) -> None:
+        """Codes of codewords (K x dim, changed in place) become scale times what they were plus offset."""
+        if self.kind == "learned":
+            words.mul_(scale).add_(offset / self.numbers()[0][self.group])
+            self.bias.mul_(scale)
+            return
+        words.mul_(scale)
+        self.means.mul_(scale)
+        self.means[0] += offset
+        self.variances.mul_(scale.square())
+
     def forward(self, words: Tensor) -> Tensor:
         """The codes, K x dim, of codewords K x dim."""
         scale, bias = self.numbers()
@@ -109,6 +121,14 @@ class STEAffineLayer(VectorLayer):
     def codebook(self) -> Tensor:
         """All codes as they are now, K x dim."""
         return self.book.words if self.affine is None else self.affine(self.book.words)
+
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """All codes times ``scale`` plus ``offset``, scalars."""
+        if self.affine is None:
+            self.book.words.mul_(scale).add_(offset)
+        else:
+            self.affine.move(self.book.words.data, scale, offset)
 
     @torch.no_grad()
     def _alternate(self, x: Tensor, codes: Tensor) -> None:
