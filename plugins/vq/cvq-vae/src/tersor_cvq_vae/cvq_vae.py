@@ -14,11 +14,8 @@ from tersor_kit_vq import (
     VectorLayer,
     VectorQuantizer,
     add_over_processes,
-    check_vectors,
-    fit_layer,
     mean_square,
     nearest,
-    standard,
     straight_through,
     together,
 )
@@ -70,11 +67,18 @@ class CVQLayer(VectorLayer):
     def __init__(self, method: CVQVAE) -> None:
         super().__init__("cvq-vae", method.dim, method.codes)
         self.method, shape = method, (method.codes, method.dim)
+        self.centred = method.distance == "l2"  # angles are about 0
         self.words = nn.Parameter((torch.rand(shape) * 2 - 1) / method.codes)
         self.register_buffer("usage", torch.zeros(method.codes))
         if method.anchor == "random":
             self.register_buffer("pool", (torch.rand(shape) * 2 - 1) / method.codes)
             self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """All codewords, and the pool of anchors, times ``scale`` plus ``offset``, scalars."""
+        for words in (self.words.data, self.pool) if self.method.anchor == "random" else (self.words.data,):
+            words.mul_(scale).add_(offset)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes = search(x.detach(), self.words.detach(), self.method.distance)
@@ -145,13 +149,6 @@ class CVQVAE(VectorQuantizer):
 
     def _layer(self) -> CVQLayer:
         return CVQLayer(self)
-
-    def _fit(self, samples: list[Tensor]) -> dict[str, Tensor]:
-        """On vectors of deviation 1, and with "l2" of mean 0, so that steps are of their size; the codebook then moves to where they are."""
-        vectors = check_vectors(torch.cat([self._flat(s) for s in samples]), self.dim, self.name)
-        near, scale, offset = standard(vectors, centre=self.distance == "l2")
-        state = {k: v.detach().clone() for k, v in fit_layer(self.layer(), near, self.steps, self.seed).state_dict().items()}
-        return state | {k: state[k] * scale + offset for k in ("words", "pool") if k in state}
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:

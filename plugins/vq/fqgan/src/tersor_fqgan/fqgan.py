@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor import ConfigError, InputError, at_least, between, field, method
-from tersor_kit_vq import VectorLayer, VectorQuantizer, check_vectors, mean_square, nearest, straight_through, unbridge
+from tersor_kit_vq import (
+    VectorLayer,
+    VectorQuantizer,
+    check_vectors,
+    mean_square,
+    move_bridges,
+    nearest,
+    straight_through,
+    unbridge,
+)  # fmt: skip
 
 _TEMPERATURE = 0.01  # of the soft codes in the entropy loss, the authors'
 _LEAST = -50.0  # logarithm of a probability, below which nothing changes but that denormal numbers are slow
@@ -103,6 +112,10 @@ class FQLayer(VectorLayer):
         if self.disentangle and len(hats) > 1:
             loss = loss + self.disentangle * _redundancy(hats)
         return self.project_out(torch.cat(hats, 1)), torch.stack(codes, 1), loss
+
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """As :meth:`VectorLayer.move`, by the two linear maps."""
+        move_bridges(self.project_in, self.project_out, scale, offset)
 
     def factors(self, codes: Tensor) -> Tensor:
         """The codewords, unit vectors float32 N x factors x ``factor``, of codes (int64 N x factors)."""

@@ -20,10 +20,17 @@ class IBQLayer(VectorLayer):
     every codeword and to z through p, in proportion to how near the codeword was to being chosen. In evaluation there is no entropy penalty.
     """
 
+    centred = False
+
     def __init__(self, codes: int, dim: int, commitment: float, entropy: float, temperature: float) -> None:
         super().__init__("ibq", dim, codes)
         self.commitment, self.entropy, self.temperature = commitment, entropy, temperature
         self.codebook = nn.Parameter(torch.randn(codes, dim))
+
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """All codewords times ``scale``; dot products would not be the same with an offset."""
+        self.codebook.mul_(scale)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         words = self.codebook

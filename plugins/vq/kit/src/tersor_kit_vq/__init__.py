@@ -4,7 +4,16 @@ from tersor_kit_vq.autoencoder import FACTOR, Autoencoder, crops, padded, three_
 from tersor_kit_vq.bits import BitLayer, bit_groups, bit_sizes, bits_to_codes, codebook_entropy, codes_to_bits, token_entropy
 from tersor_kit_vq.codebook import Codebook, Quantized, check_vectors, straight_through, together
 from tersor_kit_vq.grids import from_grid, grid_shape, to_grid
-from tersor_kit_vq.layers import VectorLayer, VectorQuantizer, add_over_processes, bridge, fit_layer, mean_square, unbridge
+from tersor_kit_vq.layers import (
+    VectorLayer,
+    VectorQuantizer,
+    add_over_processes,
+    bridge,
+    fit_layer,
+    mean_square,
+    move_bridges,
+    unbridge,
+)
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
 from tersor_kit_vq.prior import IndexPrior
 from tersor_kit_vq.residual import invert, residual_codes, residual_values
@@ -41,6 +50,7 @@ __all__ = [
     "kmeans",
     "likeliest",
     "mean_square",
+    "move_bridges",
     "nearest",
     "pack_indices",
     "pack_mixed",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor_kit_vq.codebook import together
-from tersor_kit_vq.layers import VectorLayer, add_over_processes, unbridge
+from tersor_kit_vq.layers import VectorLayer, add_over_processes, move_bridges, unbridge
 
 _WORD = 31  # bits of one integer
 _ROWS = 1 << 10  # vectors whose probabilities are held at once
@@ -145,6 +145,10 @@ class BitLayer(VectorLayer):
         self.groups, self.words = bit_groups(bits, group), bit_groups(bits, _WORD)
         self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
         self.invertible = dim >= bits
+
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """As :meth:`VectorLayer.move`, by the two linear maps."""
+        move_bridges(self.project_in, self.project_out, scale, offset)
 
     def corners(self, bits: Tensor) -> Tensor:
         """Signs of bits (bool N x L) times ``radius``, float32."""

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from tersor import Calibration, CorruptPayloadError, InputError, Quantizer, Spec, StateError, track
 from tersor_kit_vq.codebook import Quantized, check_vectors, together
 from tersor_kit_vq.packing import pack_mixed, unpack_mixed
+from tersor_kit_vq.standard import standard
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
@@ -40,6 +41,15 @@ def unbridge(module: nn.Module, x: Tensor) -> Tensor:
     return solved.solution.T.float()  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
+def move_bridges(enter: nn.Linear, leave: nn.Linear, scale: Tensor, offset: Tensor) -> None:
+    """Linear maps in and out of a layer that then does to scale z + offset (scalars) what it did to z."""
+    enter.bias.sub_(enter.weight.sum(1) * (offset / scale))
+    enter.weight.div_(scale)
+    leave.weight.mul_(scale)
+    leave.bias.mul_(scale).add_(offset)
+
+
 class VectorLayer(nn.Module):
     """A quantizing layer: ``forward(z) -> Quantized(values, codes, loss)`` for z float ... x ``dim`` of any leading shape.
 
@@ -51,6 +61,9 @@ class VectorLayer(nn.Module):
     Where codebooks are moved by other means than gradients, sums over all vectors pass through :func:`add_over_processes`.
     Raises :class:`tersor.InputError` for another dimension or element type, NaN or infinity.
     """
+
+    #: Whether :meth:`move` takes an offset too.
+    centred = True
 
     def __init__(self, name: str, dim: int, sizes: int | Sequence[int]) -> None:
         super().__init__()
@@ -73,6 +86,11 @@ class VectorLayer(nn.Module):
     def _codes(self, values: Tensor) -> Tensor:
         """Codes of what :meth:`_values` gave."""
         return self._quantize(values)[1]
+
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """Do from now on to scale z + offset (scalars) what was done to z: given by layers that learn by steps of a fixed size, which
+        are then fitted to plain vectors of mean 0 and deviation 1, and moved to where these came from."""
+        raise NotImplementedError(f"{type(self).__name__}.move")
 
     def forward(self, z: Tensor) -> Quantized:
         with torch.autocast(z.device.type, enabled=False):
@@ -184,8 +202,12 @@ class VectorQuantizer(Quantizer):
         return []
 
     def _fit(self, samples: list[Tensor]) -> dict[str, Tensor]:
-        vectors = torch.cat([self._flat(s) for s in samples])
-        layer = fit_layer(self.layer(), vectors, self.steps, self.seed)
+        vectors, layer = torch.cat([self._flat(s) for s in samples]), self.layer()
+        if type(layer).move is VectorLayer.move:
+            fit_layer(layer, vectors, self.steps, self.seed)
+        else:
+            near, scale, offset = standard(check_vectors(vectors, self.dim, self.name), layer.centred)
+            fit_layer(layer, near, self.steps, self.seed).move(scale, offset)
         return {k: v.detach().clone() for k, v in layer.state_dict().items()}
 
     @functools.cached_property

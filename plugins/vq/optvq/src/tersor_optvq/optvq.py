@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersor import ConfigError, at_least, between, field, method
-from tersor_kit_vq import VectorLayer, VectorQuantizer, check_vectors, fit_layer, mean_square, nearest, straight_through
+from tersor_kit_vq import VectorLayer, VectorQuantizer, mean_square, nearest, straight_through
 from tersor_optvq.sinkhorn import transport
 
 
@@ -94,15 +94,6 @@ class OptVQ(VectorQuantizer):
 
     def _layer(self) -> OptVQLayer:
         return OptVQLayer(self)
-
-    def _fit(self, samples: list[Tensor]) -> dict[str, Tensor]:
-        """On vectors of mean 0 and deviation 1, as the codebook starts with; it then moves to where they are."""
-        vectors = check_vectors(torch.cat([self._flat(s) for s in samples]), self.dim, self.name)
-        offset, scale = (vectors.mean(), vectors.std(correction=0)) if len(vectors) else (torch.tensor(0.0), torch.tensor(1.0))
-        scale = torch.where(scale > 0, scale, 1.0)
-        layer = fit_layer(self.layer(), (vectors - offset) / scale, self.steps, self.seed)
-        layer.move(scale, offset)
-        return {k: v.detach().clone() for k, v in layer.state_dict().items()}
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:

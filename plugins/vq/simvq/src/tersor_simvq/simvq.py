@@ -19,6 +19,7 @@ class SimVQLayer(VectorLayer):
     """
 
     basis: Tensor
+    centred = False
 
     def __init__(self, codes: int, dim: int, commitment: float) -> None:
         super().__init__("simvq", dim, codes)
@@ -30,6 +31,11 @@ class SimVQLayer(VectorLayer):
     def codebook(self) -> Tensor:
         """All codewords as they are now, K x dim."""
         return self.linear(self.basis)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """All codewords times ``scale``; W has no offset."""
+        self.linear.weight.mul_(scale)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         words = self.codebook.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,9 +34,16 @@ class TEVQLayer(VectorLayer):
     lengths: only the regulariser scales them, as in the authors' experiments.
     """
 
+    centred = False
+
     def __init__(self, codebook: Codebook, commitment: float, weight: float) -> None:
         super().__init__("te-vq", codebook.dim, codebook.size)
         self.codebook, self.commitment, self.weight = codebook, commitment, weight
+
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        """All codewords times ``scale``; an offset would change the angles between them."""
+        self.codebook.words.mul_(scale)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.training:
