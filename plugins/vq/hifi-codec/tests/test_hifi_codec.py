@@ -111,6 +111,18 @@ def test_more_depth_less_error_and_the_size_that_is_stored():
     assert errors[2] < 0.7 * errors[1]
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.0])
+def test_fit_does_not_depend_on_the_unit_or_the_mean(decay):
+    vectors, errors = normal(1000, 4), []
+    for unit, offset in ((1.0, 0.0), (1e-3, 0.0), (1e4, 5e4)):
+        x = vectors * unit + offset
+        fitted = tersor.quantizer("hifi-codec", codes=8, dim=4, decay=decay, steps=60).fit([x])
+        back = fitted.dequantize(fitted.quantize(x))
+        errors.append(float((back - x).square().mean()) / unit**2)
+    assert errors[0] < 0.3
+    assert max(errors) < 1.05 * min(errors)
+
+
 def test_groups_divide_the_dimensions():
     with pytest.raises(tersor.ConfigError, match="dim=5"):
         tersor.quantizer("hifi-codec", dim=5)

@@ -61,6 +61,12 @@ class GRVQLayer(VectorLayer):
                 left = left - q.detach()
         return straight_through(x, values), codes.flatten(1), loss / (self.depth * self.groups)
 
+    @torch.no_grad()
+    def move(self, scale: Tensor, offset: Tensor) -> None:
+        for i, book in enumerate(self.codebooks):  # only the first depth has the offset to make up
+            words = book.words * scale + (offset if i < self.groups else 0)
+            book.set(words, book.counts if book.decay > 0 else None)
+
     def _values(self, codes: Tensor) -> Tensor:
         by_group = codes.view(-1, self.depth, self.groups).unbind(2)
         return torch.cat([residual_values(c, [b.words for b in self._group(g)]) for g, c in enumerate(by_group)], 1)
