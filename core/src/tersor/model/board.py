@@ -6,6 +6,7 @@ settings and code, so that a run that was cut off goes on, and one that is repea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -99,6 +100,12 @@ def configurations(bits: Iterable[int] = BITS, names: Iterable[str] | None = Non
     return list(out)
 
 
+@functools.cache
+def _source(path: str) -> bytes:
+    """A file as it was first read here: a later edit does not pass for the code that runs."""
+    return Path(path).read_bytes()
+
+
 def sources_digest(method: Any, judges: Iterable[Any] | None = None) -> str:
     """Changes with the code that decides a method's result: its own modules, those of kits that they use, and ``judges``, modules
     (default: the driver)."""
@@ -115,7 +122,7 @@ def sources_digest(method: Any, judges: Iterable[Any] | None = None) -> str:
         if module.__name__ in seen or not path:
             continue
         seen.add(module.__name__)
-        digest.update(Path(path).read_bytes())
+        digest.update(_source(path))
         for value in vars(module).values():
             home = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
             if isinstance(home, str) and home.startswith("tersor_") and home in sys.modules:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import tersor
 from tersor.evidence import data
 from tersor.testing import assert_conforms
+from tersor_kit_vq import grid_shape
 
 
 def vectors(*shape, seed=0):
@@ -156,7 +157,7 @@ def test_a_state_of_another_shape(tmp_path):
 def test_a_sequence_of_any_length_has_short_rows():
     vq = small(steps=3).fit([vectors(300, 4)])
     for count in (1, 63, 64, 65, 127, 1000, 16385):
-        rows, height, width = vq._grid_shape((count,))
+        rows, height, width = grid_shape((count,))
         assert height == 1
         assert width <= 64
         assert count <= rows * width < count + rows
@@ -248,8 +249,7 @@ def test_long_narrow_grids_take_few_steps(leading, monkeypatch):
 
 
 def test_which_grids_stay_grids():
-    shape = tersor.quantizer("vq-vae")._grid_shape
     for leading in ((32, 32), (3, 128, 192), (43, 1), (1, 128), (7, 100, 1600), (2, 5)):
-        assert shape(leading) == (int(np.prod(leading[:-2])), *leading[-2:])
-    assert shape((1000, 1)) == (16, 1, 63)
-    assert shape((2, 100, 1601)) == shape((320_200,))
+        assert grid_shape(leading) == (int(np.prod(leading[:-2])), *leading[-2:])
+    assert grid_shape((1000, 1)) == (16, 1, 63)
+    assert grid_shape((2, 100, 1601)) == grid_shape((320_200,))

@@ -15,6 +15,7 @@ from tersor_kit_vq.layers import (
     unbridge,
 )
 from tersor_kit_vq.packing import index_bits, join, pack_indices, pack_mixed, split, unpack_indices, unpack_mixed
+from tersor_kit_vq.plain import CodebookLayer
 from tersor_kit_vq.prior import IndexPrior
 from tersor_kit_vq.residual import invert, residual_codes, residual_values
 from tersor_kit_vq.rotation import rotate_to
@@ -27,6 +28,7 @@ __all__ = [
     "Autoencoder",
     "BitLayer",
     "Codebook",
+    "CodebookLayer",
     "IndexPrior",
     "Posterior",
     "Quantized",

@@ -1,4 +1,4 @@
-"""Codes of bits as the grids that an index prior goes over."""
+"""Codes as the grids that an index prior goes over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _LONG = 16  # times the other side: more is no grid to the prior, beyond those s
 
 def grid_shape(leading: Sequence[int]) -> tuple[int, int, int]:
     """Batch, height and width of the grid that a prior goes over, for vectors of this leading shape: the last two dimensions. A
-    sequence is cut into equal rows of at most 64, and so are all places of a grid that is long and narrow."""
+    sequence is cut into equal rows of at most 64, and so are all places of a grid that is long and narrow: it would take a step for every
+    place or few, and lines so short tell little."""
     if len(leading) >= 2:
         height, width = leading[-2:]
         if width + 3 * (height - 1) <= _STEPS or (height <= _LONG * width and width <= _LONG * height):

@@ -7,10 +7,10 @@ from typing import Self
 from torch import Tensor
 
 from tersor import at_least, between, field, method
-from tersor_kit_vq import Codebook, VectorLayer, VectorQuantizer, mean_square, nearest, rotate_to
+from tersor_kit_vq import Codebook, CodebookLayer, VectorQuantizer, rotate_to
 
 
-class RotationTrickLayer(VectorLayer):
+class RotationTrickLayer(CodebookLayer):
     """VQ-VAE's layer with another gradient (section 4, algorithm 1): the codeword q of a vector e is q = (|q| / |e|) R e, R the rotation that
     aligns e with q, and R and the scale are constants to the gradient.
 
@@ -19,27 +19,11 @@ class RotationTrickLayer(VectorLayer):
     """
 
     def __init__(self, codebook: Codebook, commitment: float) -> None:
-        super().__init__("rotation-trick", codebook.dim, codebook.size)
-        self.codebook, self.commitment = codebook, commitment
+        super().__init__("rotation-trick", codebook, commitment)
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            self.codebook.prepare(x.detach())
-        codes = nearest(x.detach(), self.codebook.words.detach())
-        values = self.codebook(codes)
-        loss = self.commitment * mean_square(x, values.detach())
-        if self.codebook.decay == 0:
-            loss = loss + mean_square(values, x.detach())
-        out = rotate_to(x, values.detach())
-        if self.training:
-            self.codebook.update(x.detach(), codes)
-        return out, codes, loss
-
-    def _values(self, codes: Tensor) -> Tensor:
-        return self.codebook(codes)  # type: ignore[no-any-return]
-
-    def _codes(self, values: Tensor) -> Tensor:
-        return nearest(values, self.codebook.words)
+    def through(self, x: Tensor, values: Tensor) -> Tensor:
+        """``values`` with a gradient to ``x``: rotated back and rescaled."""
+        return rotate_to(x, values)
 
 
 @method

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersor import at_least, between, field, method, one_of
-from tersor_kit_vq import Codebook, VectorLayer, VectorQuantizer, mean_square, nearest, straight_through
+from tersor_kit_vq import Codebook, CodebookLayer, VectorQuantizer
 
 
 def orthogonality(codebook: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def orthogonality(codebook: Tensor) -> Tensor:
     return ((rows.T @ rows).square().sum() - 2 * rows.square().sum() + size) / size**2
 
 
-class TEVQLayer(VectorLayer):
-    """The nearest codeword (squared distance), its codebook loss, commitment loss and straight-through gradient, and the regulariser.
+class TEVQLayer(CodebookLayer):
+    """VQ-VAE's layer with a codebook that learns by gradient, and the regulariser.
 
     loss = mean (sg z - e)^2 + ``commitment`` mean (z - sg e)^2 + ``weight`` :func:`orthogonality`. The codewords themselves keep their
     lengths: only the regulariser scales them, as in the authors' experiments.
@@ -37,8 +37,8 @@ class TEVQLayer(VectorLayer):
     centred = False
 
     def __init__(self, codebook: Codebook, commitment: float, weight: float) -> None:
-        super().__init__("te-vq", codebook.dim, codebook.size)
-        self.codebook, self.commitment, self.weight = codebook, commitment, weight
+        super().__init__("te-vq", codebook, commitment)
+        self.weight = weight
 
     @torch.no_grad()
     def move(self, scale: Tensor, offset: Tensor) -> None:
@@ -46,20 +46,10 @@ class TEVQLayer(VectorLayer):
         self.codebook.words.mul_(scale)
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            self.codebook.prepare(x.detach())
-        codes = nearest(x.detach(), self.codebook.words.detach())
-        chosen = self.codebook(codes)
-        loss = mean_square(chosen, x.detach()) + self.commitment * mean_square(x, chosen.detach())
+        values, codes, loss = super()._quantize(x)
         if self.weight > 0 and self.training:
             loss = loss + self.weight * orthogonality(self.codebook.words)
-        return straight_through(x, chosen.detach()), codes, loss
-
-    def _values(self, codes: Tensor) -> Tensor:
-        return self.codebook(codes)  # type: ignore[no-any-return]
-
-    def _codes(self, values: Tensor) -> Tensor:
-        return nearest(values, self.codebook.words)
+        return values, codes, loss
 
 
 @method

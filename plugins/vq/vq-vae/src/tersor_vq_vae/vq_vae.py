@@ -32,27 +32,23 @@ from tersor_kit_vq import (
     FACTOR,
     Autoencoder,
     Codebook,
+    CodebookLayer,
     IndexPrior,
     Quantized,
-    VectorLayer,
+    grid_shape,
     index_bits,
     kmeans,
-    mean_square,
     nearest,
     pack_indices,
     padded,
-    straight_through,
     three_channels,
+    to_grid,
     train,
     unpack_indices,
 )
 
-_ROW = 64  # vectors of a sequence that the prior takes as one row, at most
-_STEPS = 128  # steps of the prior that a grid of any sides may take
-_LONG = 16  # times the other side: more is no grid to the prior, beyond those steps
 
-
-class VQLayer(VectorLayer):
+class VQLayer(CodebookLayer):
     """``forward(z) -> Quantized(values, codes, loss)``: z float ... x dim; equations 1 to 3 of the paper.
 
     ``values``: the nearest codewords exactly, with the gradient copied straight through to z; ``codes``: int64 of the leading shape;
@@ -62,28 +58,7 @@ class VQLayer(VectorLayer):
     """
 
     def __init__(self, codebook: Codebook, commitment: float = 0.25) -> None:
-        super().__init__("vq-vae", codebook.dim, codebook.size)
-        self.codebook, self.commitment = codebook, commitment
-
-    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            self.codebook.prepare(x.detach())
-        codes = nearest(x.detach(), self.codebook.words.detach())
-        values = self.codebook(codes)
-        loss = self.commitment * mean_square(x, values.detach())
-        if self.codebook.decay == 0:
-            loss = loss + mean_square(values, x.detach())
-        # before the codebook moves
-        out = straight_through(x, values.detach())
-        if self.training:
-            self.codebook.update(x.detach(), codes)
-        return out, codes, loss
-
-    def _values(self, codes: Tensor) -> Tensor:
-        return self.codebook(codes)  # type: ignore[no-any-return]
-
-    def _codes(self, values: Tensor) -> Tensor:
-        return nearest(values, self.codebook.words)
+        super().__init__("vq-vae", codebook, commitment)
 
 
 class _Bitwise:
@@ -262,22 +237,9 @@ class VQVAE(Quantizer):
             raise InputError(f"vq-vae takes vectors of dim={self.dim} dimensions; given: {x.shape[-1]}{hint}")
         return x.reshape(-1, self.dim)
 
-    @staticmethod
-    def _grid_shape(leading: tuple[int, ...]) -> tuple[int, int, int]:
-        """Batch, height and width of the grid that the prior goes over. One dimension is cut into equal rows of at most 64, and so are
-        all places of a grid that is long and narrow: it would take a step for every place or few, and lines so short tell little."""
-        if len(leading) >= 2:
-            height, width = leading[-2:]
-            if width + 3 * (height - 1) <= _STEPS or (height <= _LONG * width and width <= _LONG * height):
-                return math.prod(leading[:-2]), height, width
-        count = math.prod(leading)
-        rows = max(1, -(-count // _ROW))
-        return rows, 1, -(-count // rows)
-
     def _grid(self, indices: Tensor, leading: tuple[int, ...]) -> Tensor:
-        """Indices as that grid; the last one is repeated where the rows of a sequence have room."""
-        shape, flat = self._grid_shape(leading), indices.reshape(-1)
-        return torch.cat([flat, flat[-1:].expand(math.prod(shape) - len(flat))]).view(shape)
+        """Indices as the grid that the prior goes over; the last one is repeated where the rows of a sequence have room."""
+        return to_grid(indices.reshape(-1, 1), leading, (self.codes,))
 
     @torch.no_grad()
     def _indices_of_image(self, image: Tensor) -> Tensor:
@@ -313,7 +275,7 @@ class VQVAE(Quantizer):
         elif self.prior == "order0":
             indices = torch.from_numpy(entropy.decode(parts["codes"], self._table, count)).long()
         else:
-            indices = self._prior.decode(parts["codes"], self._grid_shape(leading)).reshape(-1)[:count]
+            indices = self._prior.decode(parts["codes"], grid_shape(leading)).reshape(-1)[:count]
         values = words[indices]
         if spec.domain == "latent":
             return values.view(spec.shape)
