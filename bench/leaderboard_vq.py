@@ -24,15 +24,15 @@ OUT = Path(__file__).parent.parent / "docs" / "leaderboard"
 HEAD = """# Leaderboard of vector quantizers
 
 Every installed quantizer with a layer, as the bottleneck of the same autoencoder: vectors of {dim} dimensions for patches of 4 x 4 pixels, {width} channels,
-{steps:,} steps of Adam on {batch} crops of {size} x {size} pixels, {seeds} seed(s), about {bits} code bits a vector. Trained on seventeen pictures that scikit-image and
-scikit-learn ship, judged on four other photographs{kodak}. Made by `make leaderboard-vq`; rows are kept by method, protocol and code, so that a run
+{steps:,} steps of Adam on {batch} crops of {size} x {size} pixels, {seeds} seed(s), about {bits} code bits a vector. Trained on {taught} pictures that scikit-image and
+scikit-learn ship, judged on {judged} other photographs{kodak}. Made by `make leaderboard-vq`; rows are kept by method, protocol and code, so that a run
 goes on where it was cut off.
 
 Numbers are means over the seeds, of PSNR with the standard deviation. `vector error` is |z - q|^2 relative to the variance of the vectors, which depends on what
 the encoder learned; the pictures' PSNR is what counts. `live` is the share of codes in use (mean over the indices of a vector), `perplexity` that of all codes of a
 vector together, `order 0` their entropy and `prior` what a learned prior ({prior:,} steps on the codes of the training pictures) needs, both in bits a vector on the
-photographs; codes of more than 11 bits have no prior. Seconds are of training, the autoencoder included ({plain} for it and no quantizer); vectors a second are of the trained layer,
-in evaluation mode. All on {threads} thread(s) of {machine}{clock}.
+photographs; codes of more than 11 bits have no prior. Seconds are of training, the autoencoder included; with no quantizer it takes {alone:.0f} s and reaches {best:.2f} dB{best_kodak}.
+Vectors a second are of the trained layer, in evaluation mode. All on {threads} thread(s) of {machine}{clock}.
 
 """
 
@@ -80,34 +80,35 @@ def markdown(rows: Sequence[dict[str, Any]], head: str) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Left: bits a vector by the learned prior (order 0 where there is none) against PSNR; right: live codes."""
+    """Left: bits a vector by the learned prior (order 0 where there is none) against PSNR; middle: live codes; right: seconds of training against
+    vectors a second."""
     import matplotlib
     from matplotlib import figure as figures
 
     matplotlib.use("Agg", force=False)
     good = [r for r in rows if "failed" not in r]
-    figure = figures.Figure(figsize=(13, 5.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = figures.Figure(figsize=(19, 5.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     colours = matplotlib.colormaps["tab20"].colors
     for i, r in enumerate(good):
         bits, whole = (r["prior_bits"], True) if r["prior_bits"] is not None else (r["order0"], False)
-        colour = colours[i % 20]
+        name, colour = r["method"].partition(":")[0], colours[i % 20]
         left.errorbar(bits, r["psnr"], yerr=r["deviation"], marker="o" if whole else "^", color=colour, markersize=6, capsize=2)
-        left.annotate(
-            r["method"].partition(":")[0], (bits, r["psnr"]), textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour
-        )
+        right.plot(r["seconds"], r["encode"], marker="o", color=colour, markersize=6)
+        for axes, at in ((left, (bits, r["psnr"])), (right, (r["seconds"], r["encode"]))):
+            axes.annotate(name, at, textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour)
     left.set_xlabel("bits a vector by the learned prior (triangles: entropy of order 0)")
     left.set_ylabel("PSNR of held-out photographs, dB")
-    left.grid(alpha=0.3)
     ordered = sorted(good, key=lambda r: r["use"])
-    right.barh(
-        [r["method"].partition(":")[0] + f" {r['bits']:.0f}b" for r in ordered],
-        [100 * r["use"] for r in ordered],
-        color="tab:blue",
+    names = [r["method"].partition(":")[0] + f" {r['bits']:.0f}b" for r in ordered]
+    middle.barh(range(len(names)), [100 * r["use"] for r in ordered], color="tab:blue", tick_label=names)
+    middle.set_xlabel("live codes, % (mean over the indices of a vector)")
+    middle.tick_params(axis="y", labelsize=7)
+    right.set(
+        xscale="log", yscale="log", xlabel="seconds of training, the autoencoder's included", ylabel="encoded vectors a second"
     )
-    right.set_xlabel("live codes, % (mean over the indices of a vector)")
-    right.tick_params(axis="y", labelsize=7)
-    right.grid(alpha=0.3, axis="x")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3, axis="x" if axes is middle else "both")
     figure.savefig(path)
 
 
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from tersor.progress import on_terminal
-    from tersor_kit_vq.contest import KODAK, Protocol, contestants, trial
+    from tersor_kit_vq.contest import KODAK, PHOTOGRAPHS, Protocol, Unquantized, contestants, pictures, trial
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     protocol = Protocol(steps=100, prior_steps=0) if given.quick else Protocol()
@@ -159,10 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return 0
     threads = torch.get_num_threads()
-    plain = "about 15" if not given.quick and given.steps is None else "less"
+    alone, (taught, judged) = trial(Unquantized(protocol.dim), 0, protocol), pictures()
     head = HEAD.format(
-        **attrs.asdict(protocol) | {"prior": protocol.prior_steps}, seeds=len(seeds), bits=given.bits, threads=threads, machine=processor(), plain=plain,
-        clock=", processor time" if threads == 1 else "", kodak=f" and {6} of Kodak's" if any(KODAK in r for r in found) else "",
+        **attrs.asdict(protocol) | {"prior": protocol.prior_steps}, seeds=len(seeds), bits=given.bits, threads=threads, machine=processor(),
+        taught=len(taught), judged=len(judged[PHOTOGRAPHS]), kodak=f" and {len(judged[KODAK])} of Kodak's" if KODAK in judged else "",
+        alone=alone["seconds"], best=alone[PHOTOGRAPHS]["psnr"], best_kodak=f", {alone[KODAK]['psnr']:.2f} dB on Kodak's" if KODAK in judged else "",
+        clock=", processor time" if threads == 1 else "",
     )  # fmt: skip
     text = markdown(rows, head)
     sys.stdout.write(text)

@@ -100,6 +100,28 @@ def pictures() -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     return [whole(x) for x in data.pictures().values()], judged
 
 
+class _Same(nn.Module):
+    sizes, bits = 1, None
+
+    def forward(self, z: Tensor) -> Quantized:
+        return Quantized(z, torch.zeros(z.shape[:-1], dtype=torch.int64), z.new_zeros(()))
+
+
+class Unquantized:
+    """In place of a method, vectors as they are: what the autoencoder reaches and takes by itself."""
+
+    name = "none"
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def __str__(self) -> str:
+        return "no quantizer"
+
+    def layer(self) -> nn.Module:
+        return _Same()
+
+
 def layer_of(method: Any, dim: int) -> nn.Module:
     """The layer of a method for vectors of ``dim`` dimensions: its own, or one with linear maps from and to its dimensions."""
     return method.layer() if getattr(method, "dim", dim) == dim and hasattr(method, "dim") else method.layer(dim)  # type: ignore[no-any-return]
@@ -112,9 +134,9 @@ def trial(method: Any, seed: int = 0, protocol: Protocol | None = None) -> dict[
     live codes (mean over the indices of a vector); ``perplexity`` of the codes (of all indices of a vector together); ``order0``, their entropy in
     bits a vector; ``error``, |z - q|^2 / |z - mean|^2 of the vectors; ``spread``, the variance of a vector's element; on the photographs ``prior_bits``, bits a
     vector by a prior learned on the training pictures. ``seconds``: of training; ``encode`` and ``decode``: vectors a second, all of the processor
-    where torch has one thread.
+    where torch has one thread. Of :class:`Unquantized` only errors and seconds mean something.
     """
-    method, protocol = as_method(method), protocol or Protocol()
+    method, protocol = method if isinstance(method, Unquantized) else as_method(method), protocol or Protocol()
     here = sys.modules[__name__]
     key = json.dumps([attrs.asdict(protocol), str(method), seed, sources_digest(method, (here,)), sorted(pictures()[1])])
     path = cache_folder() / "vq-contest" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -169,6 +191,8 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
     grids: dict[str, list[Tensor]] = {}
     for name, images in pictures()[1].items():
         row[name], grids[name] = judge(network, layer, images)
+    if isinstance(method, Unquantized):
+        return row
     z = network.encode(functional.interpolate(pictures()[1][PHOTOGRAPHS][0][None], (512, 512)))
     codes = layer(z).codes
     for what, call in (("encode", lambda: layer(z)), ("decode", lambda: layer.codes_to_values(codes))):
