@@ -18,7 +18,7 @@ from tersor.api import as_method
 INSTALL = "pip install einops; pip install --no-deps vector-quantize-pytorch einx torch-einops-utils frozendict loguru"
 
 _PEAK = """
-import re, sys, torch
+import ctypes, gc, re, sys, torch
 torch.set_num_threads(1)
 
 def most():  # of this program alone, in kB (ru_maxrss knows the parent's too)
@@ -34,8 +34,13 @@ else:
     layer = VectorQuantize(dim=dim, codebook_size=size, decay=0.99, commitment_weight=0.25)
 layer.train()
 layer(x[:, :64])
+z = x.clone().requires_grad_()
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")  # what was freed, and the peak so far, do not count
 before = most()
-layer(x)
+out = layer(z)
+(out[0].sum() + out[2].sum()).backward()
 print(most() - before)
 """
 
@@ -46,8 +51,10 @@ def forward(layer: Any, x: torch.Tensor) -> None:
 
 
 def both(layer: Any, x: torch.Tensor) -> None:
+    """Values, and the loss where there is one."""
     z = x.clone().requires_grad_()
-    layer(z)[0].sum().backward()
+    out = layer(z)
+    sum(part.sum() for part in (out[0], *out[2:3])).backward()
 
 
 def chunked(words: torch.Tensor, x: torch.Tensor, rows: int = 1024) -> torch.Tensor:
@@ -65,7 +72,7 @@ def product(words: torch.Tensor, x: torch.Tensor, rows: int = 1024) -> None:
 
 
 def peak(side: str, count: int, size: int, dim: int) -> float:
-    """MB of memory that a forward pass in training takes beyond what there was before, in a process of its own (Linux). ``side``: a
+    """MB of memory that a training step takes beyond what there was before, gradients included, in a process of its own (Linux). ``side``: a
     method, or "theirs"."""
     command = [sys.executable, "-c", _PEAK, side, str(count), str(size), str(dim)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -133,31 +140,40 @@ def codebooks(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
 
 
 def others(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
-    """The other methods that the peer has too: a training step with 1,024 and 16,384 codes, one thread."""
-    if not there("vector_quantize_pytorch"):
-        return []
-    from vector_quantize_pytorch import LFQ, ResidualVQ, SimVQ, VectorQuantize
-
+    """The other methods with a codebook or bits: a training step with 1,024 and 16,384 codes, one thread, beside the peer's where it has one."""
+    peers: dict[str, tuple[str, Callable[[], Any], float | None]] = {}
+    here = there("vector_quantize_pytorch")
     rows = []
     for codes in size.pick((64,), (1024, 16384)):
-        bits = codes.bit_length() - 1
-        ema = dict(dim=dim, codebook_size=codes, decay=0.99, commitment_weight=0.25)
-        pairs: dict[str, tuple[str, Callable[[], Any], float]] = {
-            f"rotation-trick:codes={codes},dim={dim}": ("VectorQuantize, rotation", lambda e=ema: VectorQuantize(rotation_trick=True, **e), 5.0),
-            f"simvq:codes={codes},dim={dim}": ("SimVQ", lambda c=codes: SimVQ(dim=dim, codebook_size=c), 1.0),
-            f"rq-vae:codes={codes},dim={dim},depth=4": ("ResidualVQ, 4 levels", lambda e=ema: ResidualVQ(num_quantizers=4, **e), 5.0),
-            f"bsq:bits={bits},dim={dim}": ("LFQ, spherical", lambda c=codes: LFQ(dim=dim, codebook_size=c, spherical=True), 100.0),
-            f"maskbit:bits={bits},dim={dim}": ("LFQ", lambda c=codes: LFQ(dim=dim, codebook_size=c), 100.0),
-        }  # fmt: skip
-        for ours, (peer, build, aim) in pairs.items():
-            say(ours)
-            sides = {"ours": as_method(ours).layer().train(), "peer": build().train()}
-            seconds = turns({k: functools.partial(both, m, x) for k, m in sides.items()}, 1 if codes > 4096 else size.pick(1, 3))
-            memory = peak(ours, count, codes, dim)
+        bits, many = codes.bit_length() - 1, codes > 4096
+        half = 2 ** (bits // 2)
+        if here:
+            from vector_quantize_pytorch import LFQ, ResidualVQ, SimVQ, VectorQuantize
+
+            ema = dict(dim=dim, codebook_size=codes, decay=0.99, commitment_weight=0.25)
+            peers = {
+                f"rotation-trick:codes={codes}": ("VectorQuantize, rotation", lambda e=ema: VectorQuantize(rotation_trick=True, **e), 5.0),
+                f"simvq:codes={codes}": ("SimVQ", lambda c=codes: SimVQ(dim=dim, codebook_size=c), 1.0),
+                f"rq-vae:codes={codes},depth=4": ("ResidualVQ, 4 levels", lambda e=ema: ResidualVQ(num_quantizers=4, **e), 5.0),
+                # the entropy over all codes is what makes the difference
+                f"bsq:bits={bits}": ("LFQ, spherical", lambda c=codes: LFQ(dim=dim, codebook_size=c, spherical=True), 100.0 if many else 5.0),
+                f"maskbit:bits={bits}": ("LFQ", lambda c=codes: LFQ(dim=dim, codebook_size=c), 100.0 if many else 5.0),
+            }  # fmt: skip
+        alone = [
+            *(f"{name}:codes={codes}" for name in ("cvq-vae", "optvq", "ibq", "softvq", "vqgan-lc", "ste-affine", "te-vq")),
+            f"hifi-codec:codes={codes}", f"fqgan:codes=[{half},{codes // half}]", f"dkvb:heads=1,codes={codes}", f"qlae:values=8,dim={dim}",
+        ]  # fmt: skip
+        for ours in (*peers, *alone):
+            full = ours if "dim=" in ours else f"{ours},dim={dim}"
+            say(full)
+            peer, build, aim = peers.get(ours, ("", None, None))
+            sides = {"ours": as_method(full).layer().train()} | ({"peer": build().train()} if build else {})
+            sides["ours"](x)  # a codebook may start from the first batch by k-means, which the peer's does not
+            seconds = turns({k: functools.partial(both, m, x) for k, m in sides.items()}, 1 if many else size.pick(1, 3))
             rows.append(
-                Row(case=f"{ours}, 1 thread", measure="training step", unit="thousand vectors/s", ours=count / seconds["ours"] / 1e3,
-                    peer=f"vector-quantize-pytorch {peer}", theirs=count / seconds["peer"] / 1e3, aim=aim,
-                    note=f"{memory:.0f} MB for the forward pass; all distances: {4 * count * codes / 1e6:.0f} MB")
+                Row(case=f"{full}, 1 thread", measure="training step", unit="thousand vectors/s", ours=count / seconds["ours"] / 1e3,
+                    peer=f"vector-quantize-pytorch {peer}" if peer else "", theirs=count / seconds["peer"] / 1e3 if peer else None, aim=aim,
+                    note=f"{peak(full, count, codes, dim):.0f} MB; all distances: {4 * count * codes / 1e6:.0f} MB")
             )  # fmt: skip
     return rows
 

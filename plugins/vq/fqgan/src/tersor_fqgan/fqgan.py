@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +18,17 @@ from tersor_kit_vq import (
     mean_square,
     move_bridges,
     nearest,
+    posterior,
     straight_through,
     unbridge,
 )  # fmt: skip
 
 _TEMPERATURE = 0.01  # of the soft codes in the entropy loss, the authors'
-_LEAST = -50.0  # logarithm of a probability, below which nothing changes but that denormal numbers are slow
-_ELEMENTS = 1 << 18  # soft codes that are held at once
 
 
 def _unit(x: Tensor) -> Tensor:
     """Rows on the unit sphere; divided by the largest element first, so that no square leaves float32."""
     return functional.normalize(x / x.detach().abs().amax(1, keepdim=True).clamp(min=1e-30), dim=1)
-
-
-class _SoftCodes(torch.autograd.Function):
-    """Of p = softmax over codewords of -|z - e|^2 / temperature (unit vectors z, e): the mean entropy of a vector in nats, and the mean p.
-    Chunks of vectors, made again in the backward pass, so that nothing of N x K is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        n, size = max(len(z), 1), max(1, _ELEMENTS // len(words))
-        mean, logs, means = z.new_zeros(len(words)), z.new_empty(len(z)), z.new_empty(len(z))
-        for part, log, inner in zip(z.split(size), logs.split(size), means.split(size), strict=True):
-            scores = (part @ words.T).mul_(2 / _TEMPERATURE)
-            largest = scores.amax(1, keepdim=True)
-            p = scores.sub_(largest).clamp_(min=_LEAST).exp()
-            total = p.sum(1, keepdim=True)
-            p.div_(total)
-            torch.add(largest[:, 0], total[:, 0].log(), out=log)
-            torch.add(scores.mul_(p).sum(1), largest[:, 0], out=inner)
-            mean += p.sum(0)
-        ctx.save_for_backward(z, words, logs, means)
-        return (logs - means).sum() / n, mean / n
-
-    @staticmethod
-    def backward(ctx: Any, grad_token: Tensor, grad_mean: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        z, words, logs, means = ctx.saved_tensors
-        to_z, to_words = torch.empty_like(z), torch.zeros_like(words)
-        size = max(1, _ELEMENTS // len(words))
-        for part, log, inner, out in zip(z.split(size), logs.split(size), means.split(size), to_z.split(size), strict=True):
-            scores = (part @ words.T).mul_(2 / _TEMPERATURE)
-            p = torch.sub(scores, log[:, None]).clamp_(min=_LEAST).exp_()
-            # d entropy / d scores = -p (scores - p.scores), d (p.g) / d scores = p (g - p.g)
-            offset = (p @ grad_mean).addcmul_(inner, grad_token, value=-1)
-            inner_grad = scores.mul_(-grad_token).add_(grad_mean).sub_(offset[:, None]).mul_(p)
-            torch.mm(inner_grad, words, out=out)
-            to_words.addmm_(inner_grad.T, part)
-        scale = 2 / _TEMPERATURE / max(len(z), 1)
-        return to_z.mul_(scale), to_words.mul_(scale)
 
 
 class FQLayer(VectorLayer):
@@ -105,8 +67,9 @@ class FQLayer(VectorLayer):
             z, words, chosen, own = self._choose(i, part)
             loss = loss + mean_square(chosen, z.detach()) + self.commitment * mean_square(z, chosen.detach())
             if self.entropy:
-                token, mean = _SoftCodes.apply(z, words)
-                loss = loss + self.entropy * (token - torch.special.entr(mean.clamp(min=1e-30)).sum())
+                # 2 z . e is -|z - e|^2 but for a constant
+                soft = posterior(2 * z, words, words, hard=True, sharpness=1 / _TEMPERATURE)
+                loss = loss + self.entropy * (soft.sample_entropy - soft.mean_entropy)
             hats.append(straight_through(z, chosen.detach()))
             codes.append(own)
         if self.disentangle and len(hats) > 1:
