@@ -29,7 +29,7 @@ scikit-learn ship, judged on {judged} other photographs{kodak}. Made by `make le
 goes on where it was cut off.
 
 Numbers are means over the seeds, of PSNR with the standard deviation. `vector error` is |z - q|^2 relative to the variance of the vectors, which depends on what
-the encoder learned; the pictures' PSNR is what counts. `live` is the share of codes in use (mean over the indices of a vector), `perplexity` that of all codes of a
+the encoder learned; the pictures' PSNR is what counts. `live` is the share of codes in use on the photographs and on the training pictures (mean over the indices of a vector), `perplexity` that of all codes of a
 vector together, `order 0` their entropy and `prior` what a learned prior ({prior:,} steps on the codes of the training pictures) needs, both in bits a vector on the
 photographs; codes of more than 11 bits have no prior. Seconds are of training, the autoencoder included; with no quantizer it takes {alone:.0f} s and reaches {best:.2f} dB{best_kodak}.
 Vectors a second are of the trained layer, in evaluation mode. All on {threads} thread(s) of {machine}{clock}.
@@ -39,7 +39,7 @@ Vectors a second are of the trained layer, in evaluation mode. All on {threads} 
 
 def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The seeds of each method as one row."""
-    from tersor_kit_vq.contest import KODAK, PHOTOGRAPHS, mean
+    from tersor_kit_vq.contest import KODAK, PHOTOGRAPHS, TAUGHT, mean
 
     out = []
     for method in dict.fromkeys(r["method"] for r in found):
@@ -52,6 +52,7 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "method": method, "bits": rows[0]["bits"], "psnr": mean(rows, "psnr"), "deviation": float(np.std(each)),
             "psnr_kodak": mean(rows, "psnr", KODAK) if KODAK in rows[0] else None,
         }  # fmt: skip
+        row["use_taught"] = mean(rows, "use", TAUGHT) if TAUGHT in rows[0] else None
         row |= {k: mean(rows, k) for k in ("use", "perplexity", "error", "order0", "seconds", "encode", "decode")}
         row["prior_bits"] = None if rows[0]["prior_bits"] is None else mean(rows, "prior_bits")
         out.append(row)
@@ -59,14 +60,15 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]], head: str) -> str:
-    titles = ("method", "bits", "PSNR, dB", "PSNR Kodak", "live", "perplexity", "vector error", "order 0", "prior", "seconds", "encode, vectors/s", "decode, vectors/s")  # fmt: skip
+    titles = ("method", "bits", "PSNR, dB", "PSNR Kodak", "live", "live in training", "perplexity", "vector error", "order 0", "prior", "seconds", "encode, vectors/s", "decode, vectors/s")  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for r in rows:
         if "failed" in r:
             continue
         kodak = "" if r["psnr_kodak"] is None else f"{r['psnr_kodak']:.2f}"
         prior = "" if r["prior_bits"] is None else f"{r['prior_bits']:.2f}"
-        cells = (f"`{r['method']}`", f"{r['bits']:.2f}", f"{r['psnr']:.2f} ± {r['deviation']:.2f}", kodak, f"{100 * r['use']:.1f} %",
+        taught = "" if r["use_taught"] is None else f"{100 * r['use_taught']:.1f} %"
+        cells = (f"`{r['method']}`", f"{r['bits']:.2f}", f"{r['psnr']:.2f} ± {r['deviation']:.2f}", kodak, f"{100 * r['use']:.1f} %", taught,
                  f"{r['perplexity']:.0f}", f"{r['error']:.3f}", f"{r['order0']:.2f}", prior, f"{r['seconds']:.0f}", f"{r['encode']:.3g}", f"{r['decode']:.3g}")  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- `{r['method']}`: {r['failed']}" for r in rows if "failed" in r]
@@ -101,7 +103,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_ylabel("PSNR of held-out photographs, dB")
     ordered = sorted(good, key=lambda r: r["use"])
     names = [r["method"].partition(":")[0] + f" {r['bits']:.0f}b" for r in ordered]
-    middle.barh(range(len(names)), [100 * r["use"] for r in ordered], color="tab:blue", tick_label=names)
+    middle.barh(
+        range(len(names)), [100 * (r["use_taught"] or 0) for r in ordered], color="lightsteelblue", label="training pictures"
+    )
+    middle.barh(range(len(names)), [100 * r["use"] for r in ordered], color="tab:blue", tick_label=names, label="photographs")
+    middle.legend(fontsize=7)
     middle.set_xlabel("live codes, % (mean over the indices of a vector)")
     middle.tick_params(axis="y", labelsize=7)
     right.set(

@@ -38,12 +38,12 @@ def test_every_quantizer_learns_in_the_quick_leaderboard(tmp_path, monkeypatch, 
 
 def test_the_page_has_every_row(tmp_path) -> None:
     rows = [
-        {"method": "one:codes=2", "bits": 1.0, "psnr": 20.0, "deviation": 0.1, "psnr_kodak": None, "use": 1.0, "perplexity": 2.0,
+        {"method": "one:codes=2", "bits": 1.0, "psnr": 20.0, "deviation": 0.1, "psnr_kodak": None, "use": 1.0, "use_taught": 1.0, "perplexity": 2.0,
          "error": 0.1, "order0": 1.0, "prior_bits": 0.5, "seconds": 1.0, "encode": 1e6, "decode": 1e7},
         {"method": "two", "failed": "InputError: not today"},
     ]  # fmt: skip
     text = leaderboard_vq.markdown(rows, "# Head\n\n")
-    assert "| `one:codes=2` | 1.00 | 20.00 ± 0.10 |  | 100.0 % | 2 | 0.100 | 1.00 | 0.50 | 1 | 1e+06 | 1e+07 |" in text
+    assert "| `one:codes=2` | 1.00 | 20.00 ± 0.10 |  | 100.0 % | 100.0 % | 2 | 0.100 | 1.00 | 0.50 | 1 | 1e+06 | 1e+07 |" in text
     assert "- `two`: InputError: not today" in text
     leaderboard_vq.plot(rows, tmp_path / "vq.svg")
     assert (tmp_path / "vq.svg").read_text().startswith("<?xml")

@@ -36,7 +36,7 @@ from tersor_kit_vq.packing import join
 from tersor_kit_vq.prior import IndexPrior
 
 SEEDS = (0, 1, 2)
-PHOTOGRAPHS, KODAK = "photographs", "Kodak"
+PHOTOGRAPHS, KODAK, TAUGHT = "photographs", "Kodak", "training pictures"
 _PRIOR_LIMIT = 1 << 11  # different codes of a vector that one prior takes
 
 
@@ -130,7 +130,7 @@ def layer_of(method: Any, dim: int) -> nn.Module:
 def trial(method: Any, seed: int = 0, protocol: Protocol | None = None) -> dict[str, Any]:
     """Train one method with one seed, and judge it: a row, from the cache where it was measured before.
 
-    ``bits``: log2 of the number of codes of a vector. By set of pictures: ``mse``, ``psnr`` (dB, of the mean error); ``use``, the share of
+    ``bits``: log2 of the number of codes of a vector. By set of pictures, those of training too: ``mse``, ``psnr`` (dB, of the mean error); ``use``, the share of
     live codes (mean over the indices of a vector); ``perplexity`` of the codes (of all indices of a vector together); ``order0``, their entropy in
     bits a vector; ``error``, |z - q|^2 / |z - mean|^2 of the vectors; ``spread``, the variance of a vector's element; on the photographs ``prior_bits``, bits a
     vector by a prior learned on the training pictures. ``seconds``: of training; ``encode`` and ``decode``: vectors a second, all of the processor
@@ -193,6 +193,7 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
         row[name], grids[name] = judge(network, layer, images)
     if isinstance(method, Unquantized):
         return row
+    row[TAUGHT], known = judge(network, layer, pictures()[0])
     z = network.encode(functional.interpolate(pictures()[1][PHOTOGRAPHS][0][None], (512, 512)))
     codes = layer(z).codes
     for what, call in (("encode", lambda: layer(z)), ("decode", lambda: layer.codes_to_values(codes))):
@@ -203,7 +204,6 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
         row[what] = count * (z.numel() // z.shape[-1]) / (_clock() - begin)
     row["prior_bits"] = None
     if protocol.prior_steps and 2**layer.bits <= _PRIOR_LIMIT:
-        known = [joined(layer(network.encode(i[None])).codes, layer) for i in pictures()[0]]
         steps = track(range(protocol.prior_steps), f"training the prior of {method}, seed {seed}")
         prior = IndexPrior.fit(known, round(2**layer.bits), steps, protocol.prior_steps, seed, width=64)
         bits, count = sum(prior.bits(g) for g in grids[PHOTOGRAPHS]), sum(g.numel() for g in grids[PHOTOGRAPHS])
@@ -264,14 +264,14 @@ def compared(
     title: str, key: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]] | float, better: str,
     name: str = "", metric: str = "", margin: float = 0.0, slack: float = 0.0,
 ) -> Iterator[Row]:  # fmt: skip
-    """Rows of a claim, one for each set of pictures: the means over the seeds, each seed in the note. ``theirs``: rows, or a number
-    that ``name`` explains."""
+    """Rows of a claim, one for each set of pictures that judges, and for the use of codes also of the training pictures, which are most: the means
+    over the seeds, each seed in the note. ``theirs``: rows, or a number that ``name`` explains."""
     units = {"mse": "mean squared error", "psnr": "PSNR (dB)", "use": "share of live codes", "error": "relative squared error of the vectors",
              "perplexity": "perplexity of the codes", "order0": "bits a vector", "prior_bits": "bits a vector by the learned prior"}  # fmt: skip
     if not ours:
         raise InputError("compared takes rows of at least one seed; given: none")
-    for of in (PHOTOGRAPHS, KODAK):
-        if of not in ours[0] or (key == "prior_bits" and of != PHOTOGRAPHS):
+    for of in (PHOTOGRAPHS, KODAK, TAUGHT):
+        if of not in ours[0] or (key == "prior_bits" and of != PHOTOGRAPHS) or (key != "use" and of == TAUGHT):
             continue
         each = [f"{mean([r], key, of):.4g}" for r in ours]
         note = f"{len(ours)} seeds: {', '.join(each)}"
