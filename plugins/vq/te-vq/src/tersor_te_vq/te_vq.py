@@ -78,7 +78,8 @@ class TEVQ(VectorQuantizer):
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
-        return [cls(codes=2**bits, dim=dim)]
+        """From k-means: the authors' start leaves most of a large codebook out of use for good, as no other means brings codewords back."""
+        return [cls(codes=2**bits, dim=dim, start="kmeans")]
 
     @classmethod
     def examples(cls) -> list[Self]:
