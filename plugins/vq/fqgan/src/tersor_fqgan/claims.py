@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import tersor
-from tersor import track
 from tersor.evidence import Row, claim
-from tersor_kit_vq import crops
-from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, PatchAutoencoder, Protocol, compared, pictures, plain, trials
+from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, compared, pictures, plain, trained, trials
 
 _BINS, _CELL = 8, 4  # orientations, pixels of a cell's side
 
@@ -49,32 +47,6 @@ def orientations(images: Tensor) -> Tensor:
     return functional.normalize(around.transpose(1, 2), dim=2, eps=1e-3).view(len(images), *cells.shape[2:], -1)
 
 
-def _train(method: Any, seed: int, align: bool, protocol: Protocol) -> tuple[PatchAutoencoder, Any]:
-    """The family's training, with the loss of alignment where ``align``."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        network, layer = PatchAutoencoder(protocol.dim, protocol.width), method.layer().train()
-        chosen = [*network.parameters(), *layer.parameters()]
-        optimizer = torch.optim.Adam(chosen, protocol.rate, betas=(0.9, 0.99))
-        generator = torch.Generator().manual_seed(seed)
-        images, _ = pictures()
-        variance = float(torch.cat([i.reshape(-1) for i in images]).var())
-        for step in track(range(protocol.steps), f"training {method}, seed {seed}"):
-            for group in optimizer.param_groups:
-                group["lr"] = protocol.rate * (0.5 + 0.5 * math.cos(math.pi * step / protocol.steps))
-            x = crops(images, protocol.batch, protocol.size, generator)
-            z = network.encode(x)
-            out = layer(z)
-            loss = functional.mse_loss(network.decode(out.values), x) / variance + out.loss
-            if align:
-                loss = loss + layer.align(z, orientations(x))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(chosen, 1.0)
-            optimizer.step()
-    return network.eval(), layer.eval()
-
-
 def _explained(codes: Tensor, features: Tensor, known_codes: Tensor, known: Tensor, size: int) -> float:
     """Share of the features' variance that the best guess by code explains, the mean of the training features that had this code."""
     counts = torch.bincount(known_codes, minlength=size).clamp(min=1)
@@ -89,10 +61,14 @@ def factors(seed: int) -> Iterator[Row]:
     protocol = Protocol(steps=500)
     kinds = {"both": (0.1, True), "regularised": (0.1, False), "plain": (0.0, False)}
     rows: dict[str, list[dict[str, float]]] = {k: [] for k in kinds}
+
+    def alignment(layer: Any, x: Tensor, z: Tensor) -> Tensor:
+        return layer.align(z, orientations(x))  # type: ignore[no-any-return]
+
     for kind, (weight, align) in kinds.items():
         for s in range(seed, seed + len(SEEDS)):
             method = tersor.quantizer("fqgan", codes=(64, 64), dim=32, disentangle=weight, features=(9 * _BINS,), seed=s)
-            network, layer = _train(method, s, align, protocol)
+            network, layer = trained(method, s, protocol, alignment if align else None)
             sides = []
             for images in (pictures()[0], pictures()[1][PHOTOGRAPHS]):
                 codes = [layer(network.encode(i[None])).codes.reshape(-1, 2) for i in images]

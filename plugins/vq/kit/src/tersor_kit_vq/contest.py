@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -153,8 +153,11 @@ def _clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def trained(method: Any, seed: int, protocol: Protocol) -> tuple[PatchAutoencoder, Any]:
-    """The autoencoder and the layer that a method's training under the protocol ends with, both in evaluation mode."""
+def trained(
+    method: Any, seed: int, protocol: Protocol, beside: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+) -> tuple[PatchAutoencoder, Any]:
+    """The autoencoder and the layer that a method's training under the protocol ends with, both in evaluation mode. ``beside``: of the layer,
+    images and latents, a loss that is added to the others."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         network = PatchAutoencoder(protocol.dim, protocol.width)
@@ -168,8 +171,11 @@ def trained(method: Any, seed: int, protocol: Protocol) -> tuple[PatchAutoencode
             for group in optimizer.param_groups:
                 group["lr"] = protocol.rate * (0.5 + 0.5 * math.cos(math.pi * step / protocol.steps))
             x = crops(images, protocol.batch, protocol.size, generator)
-            out: Quantized = layer(network.encode(x))
+            z = network.encode(x)
+            out: Quantized = layer(z)
             loss = functional.mse_loss(network.decode(out.values), x) / variance + out.loss
+            if beside is not None:
+                loss = loss + beside(layer, x, z)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(chosen, 1.0)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tersor.api import as_method
 from tersor.evidence import Row, claim
 from tersor_kit_vq import FACTOR, kmeans
-from tersor_kit_vq.contest import SEEDS, Protocol, compared, judge, pictures, plain, trained, trials
+from tersor_kit_vq.contest import SEEDS, TAUGHT, Protocol, compared, judge, pictures, plain, trained, trials
 
 PATCH = 3 * FACTOR**2
 
@@ -43,7 +43,8 @@ class _OfPixels:
 
 def _judged(method: _OfPixels, seed: int, protocol: Protocol) -> dict[str, Any]:
     network, layer = trained(method, seed, protocol)
-    return {"method": str(method), **{of: judge(network, layer, images)[0] for of, images in pictures()[1].items()}}
+    learned, judged = pictures()
+    return {"method": str(method), **{of: judge(network, layer, images)[0] for of, images in {**judged, TAUGHT: learned}.items()}}
 
 
 def _seeds(codes: int, features: Tensor, seed: int, protocol: Protocol) -> list[dict[str, Any]]:
