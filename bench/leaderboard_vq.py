@@ -98,7 +98,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left.errorbar(bits, r["psnr"], yerr=r["deviation"], marker="o" if whole else "^", color=colour, markersize=6, capsize=2)
         right.plot(r["seconds"], r["encode"], marker="o", color=colour, markersize=6)
         for axes, at in ((left, (bits, r["psnr"])), (right, (r["seconds"], r["encode"]))):
-            axes.annotate(name, at, textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour)
+            axes.annotate(name, at, textcoords="offset points", xytext=(5, 4), fontsize=7)
     left.set_xlabel("bits a vector by the learned prior (triangles: entropy of order 0)")
     left.set_ylabel("PSNR of held-out photographs, dB")
     ordered = sorted(good, key=lambda r: r["use"])
@@ -110,9 +110,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     middle.legend(fontsize=7)
     middle.set_xlabel("live codes, % (mean over the indices of a vector)")
     middle.tick_params(axis="y", labelsize=7)
-    right.set(
-        xscale="log", yscale="log", xlabel="seconds of training, the autoencoder's included", ylabel="encoded vectors a second"
-    )
+    for axes in (left, right):
+        axes.margins(x=0.12)
+    right.set(yscale="log", xlabel="seconds of training, the autoencoder's included", ylabel="encoded vectors a second")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3, axis="x" if axes is middle else "both")
     figure.savefig(path)
