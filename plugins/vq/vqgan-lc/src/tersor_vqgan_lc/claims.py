@@ -73,3 +73,17 @@ def larger(seed: int) -> Iterator[Row]:
     yield from compared("less reconstruction error with 32768 codes than with 8192", "mse", large, small, "lower")
     yield from compared("more of 32768 codes used than of vq-vae's", "use", large, theirs, "higher", margin=0.1)
     yield from compared("less reconstruction error than vq-vae, 32768 codes", "mse", large, theirs, "lower")
+
+
+@claim("trained longer, more of a large codebook is used")
+def longer(seed: int) -> Iterator[Row]:
+    """8,192 codes, 4,000 steps in place of 1,000, one seed."""
+    protocol, name = Protocol(steps=4000, prior_steps=0), "vqgan-lc:codes=8192,dim=32"
+    ours, theirs = trials(name, protocol, seed, 1), trials(plain(13), protocol, seed, 1)
+    short = trials(name, seed=seed, count=1)
+    yield from compared(
+        "more of 8192 codes used after 4,000 steps than after 1,000", "use", ours, short, "higher", margin=0.1, name="1,000 steps"
+    )
+    yield from compared("nearly all of 8192 codes used after 4,000 steps", "use", ours, 0.95, "higher", name="19 of 20")
+    yield from compared("more of 8192 codes used than of vq-vae's, 4,000 steps each", "use", ours, theirs, "higher", margin=0.1)
+    yield from compared("less reconstruction error than vq-vae, 8192 codes, 4,000 steps each", "mse", ours, theirs, "lower")
