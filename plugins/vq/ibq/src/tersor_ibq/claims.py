@@ -24,3 +24,17 @@ def entropy_penalty(seed: int) -> Iterator[Row]:
     ours, theirs = (trials(f"ibq:codes=1024,dim=32{x}", seed=seed) for x in ("", ",entropy=0.0"))
     yield from compared("more codes used with the entropy penalty than without", "use", ours, theirs, "higher", margin=0.1)
     yield from compared("less reconstruction error with the entropy penalty than without", "mse", ours, theirs, "lower")
+
+
+@claim("trained longer, more of a large codebook is used")
+def longer(seed: int) -> Iterator[Row]:
+    """8,192 codes, 2,000 steps in place of 400, one seed."""
+    protocol, name = Protocol(steps=2000, prior_steps=0), "ibq:codes=8192,dim=32"
+    ours, theirs = trials(name, protocol, seed, 1), trials(plain(13), protocol, seed, 1)
+    short = trials(name, Protocol(steps=400, prior_steps=0), seed, 1)
+    yield from compared(
+        "more of 8192 codes used after 2,000 steps than after 400", "use", ours, short, "higher", margin=0.1, name="400 steps"
+    )
+    yield from compared("most of 8192 codes used after 2,000 steps", "use", ours, 0.8, "higher", name="four of five")
+    yield from compared("more of 8192 codes used than of vq-vae's, 2,000 steps each", "use", ours, theirs, "higher", margin=0.1)
+    yield from compared("less reconstruction error than vq-vae, 8192 codes, 2,000 steps each", "mse", ours, theirs, "lower")
