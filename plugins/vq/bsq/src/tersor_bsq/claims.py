@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 import tersor
 from tersor.evidence import Row, claim
 from tersor_kit_vq import bit_groups, codebook_entropy
-from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, compared, pictures, plain, trained, trials
+from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, bits_in_use, compared, pictures, plain, seeds_row, trained, trials
 
 _NATS = 1.4426950408889634  # bits
 
@@ -21,12 +20,7 @@ _NATS = 1.4426950408889634  # bits
 def codebook_use(seed: int) -> Iterator[Row]:
     """At 10 and 13 bits a vector, beside a codebook of moving averages with as many."""
     for bits in (10, 13):
-        ours, theirs = trials(f"bsq:bits={bits},dim=32", seed=seed), trials(plain(bits), seed=seed)
-        yield from compared(f"more of 2^{bits} codes used than of vq-vae's", "use", ours, theirs, "higher", margin=0.1)
-        yield from compared(
-            f"joint entropy above 0.9 of {bits} bits", "order0", ours, 0.9 * bits, "higher", name=f"0.9 of {bits} bits"
-        )
-        yield from compared(f"less reconstruction error than vq-vae, {bits} bits", "mse", ours, theirs, "lower")
+        yield from bits_in_use(f"bsq:bits={bits},dim=32", bits, seed)
 
 
 @claim("a heavier entropy penalty brings the codes' joint entropy nearer to their length")
@@ -69,12 +63,9 @@ def entropies_and_prior(seed: int) -> Iterator[Row]:
     found = [_measured(s) for s in range(seed, seed + len(SEEDS))]
 
     def row(title: str, metric: str, key: str, theirs: str | float, name: str, better: str = "lower", slack: float = 0.0) -> Row:
-        note = f"{len(found)} seeds: {', '.join(f'{f[key]:.4g}' for f in found)}"
-        if isinstance(theirs, str):
-            note += f"; the other side: {', '.join(f'{f[theirs]:.4g}' for f in found)}"
-        other = theirs if isinstance(theirs, float) else float(np.mean([f[theirs] for f in found]))
-        return Row(claim=title, metric=metric, ours=float(np.mean([f[key] for f in found])), baseline=other, baseline_name=name,
-                   better=better, slack=slack, note=f"{note}; four held-out photographs, 14 bits")  # fmt: skip
+        other = theirs if isinstance(theirs, float) else [f[theirs] for f in found]
+        return seeds_row(title, metric, [f[key] for f in found], other, better, name, slack=slack,
+                         note="; four held-out photographs, 14 bits")  # fmt: skip
 
     yield row("the mean entropy of a bit is above 0.95", "bits", "a bit", 0.95, "0.95", "higher")
     for most in (9, 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tersor.evidence import Row, claim
-from tersor_kit_vq.contest import compared, plain, trials
+from tersor_kit_vq.contest import codes_in_use, plain, trials
 
 
 @claim("codewords that move to encoded vectors are used, all of them, and images are reconstructed better")
@@ -13,6 +13,4 @@ def codebook_use(seed: int) -> Iterator[Row]:
     """At 2^10 and 2^13 codes, beside a codebook of moving averages with as many."""
     for bits in (10, 13):
         ours, theirs = trials(f"cvq-vae:codes={2**bits},dim=32", seed=seed), trials(plain(bits), seed=seed)
-        yield from compared(f"more of {2**bits} codes used than of vq-vae's", "use", ours, theirs, "higher", margin=0.1)
-        yield from compared(f"nearly all of {2**bits} codes used", "use", ours, 0.95, "higher", name="19 of 20")
-        yield from compared(f"less reconstruction error than vq-vae, {2**bits} codes", "mse", ours, theirs, "lower")
+        yield from codes_in_use(2**bits, ours, theirs)

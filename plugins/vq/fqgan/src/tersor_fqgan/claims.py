@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tersor
 from tersor.evidence import Row, claim
-from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, compared, judge, pictures, plain, trained, trials
+from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, compared, judge, pictures, plain, seeds_row, trained, trials
 
 _BINS, _CELL = 8, 4  # orientations, pixels of a cell's side
 
@@ -103,10 +103,9 @@ def _row(
     share: float = 0.0,
 ) -> Row:
     """Ours and theirs, three seeds each. ``share``: of theirs, by which ours may be worse."""
-    note = "; the other side: ".join(", ".join(f"{r[key]:.4g}" for r in side) for side in sides)
-    ours, theirs = (float(np.mean([r[key] for r in side])) for side in sides)
-    return Row(claim=title, metric=f"{metric}, photographs", ours=ours, baseline=theirs, baseline_name=name, better=better,
-               margin=margin, slack=share * theirs, note=f"{len(SEEDS)} seeds: {note}")  # fmt: skip
+    ours, theirs = ([r[key] for r in side] for side in sides)
+    slack = share * float(np.mean(theirs))
+    return seeds_row(title, f"{metric}, photographs", ours, theirs, better, name, margin, slack)
 
 
 @claim("the regulariser lowers the redundancy between factors; with alignment a factor tells more of the teacher's features")

@@ -13,7 +13,7 @@ from torch.nn import functional
 import tersor
 from tersor.evidence import Row, claim, data
 from tersor.io import load_audio
-from tersor_kit_vq.contest import Protocol, compared, plain, trials
+from tersor_kit_vq.contest import Protocol, compared, plain, seeds_row, trials
 
 _OWN = Protocol(prior_steps=0)
 _CODES, _DIM, _SEEDS = 256, 64, 3
@@ -86,8 +86,4 @@ def vectors(seed: int) -> Iterator[Row]:
         sides += [("2 groups of depth 2 below depth 4 of whole vectors, 32 bits", by_depth[2], theirs, text)
                   for text, theirs in rivals.items()]  # fmt: skip
         for title, ours, theirs, text in sides:
-            note = (
-                f"{_SEEDS} seeds: {', '.join(f'{v:.4g}' for v in ours)}; the other side: {', '.join(f'{v:.4g}' for v in theirs)}"
-            )
-            yield Row(claim=f"{title}, {name}", metric="relative squared error of new vectors", ours=float(np.mean(ours)),
-                      baseline=float(np.mean(theirs)), baseline_name=text, better="lower", note=note)  # fmt: skip
+            yield seeds_row(f"{title}, {name}", "relative squared error of new vectors", ours, theirs, "lower", text)

@@ -100,6 +100,12 @@ def pictures() -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     return [whole(x) for x in data.pictures().values()], judged
 
 
+def sets() -> dict[str, list[Tensor]]:
+    """All pictures by name: the sets that judge, and those of training."""
+    taught, judged = pictures()
+    return {**judged, TAUGHT: taught}
+
+
 class _Same(nn.Module):
     sizes, bits = 1, None
 
@@ -195,11 +201,10 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
         "seconds": _clock() - start,
     }
     grids: dict[str, list[Tensor]] = {}
-    for name, images in pictures()[1].items():
+    for name, images in sets().items():
         row[name], grids[name] = judge(network, layer, images)
     if isinstance(method, Unquantized):
         return row
-    row[TAUGHT], known = judge(network, layer, pictures()[0])
     z = network.encode(functional.interpolate(pictures()[1][PHOTOGRAPHS][0][None], (512, 512)))
     codes = layer(z).codes
     for what, call in (("encode", lambda: layer(z)), ("decode", lambda: layer.codes_to_values(codes))):
@@ -211,7 +216,7 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
     row["prior_bits"] = None
     if protocol.prior_steps and 2**layer.bits <= _PRIOR_LIMIT:
         steps = track(range(protocol.prior_steps), f"training the prior of {method}, seed {seed}")
-        prior = IndexPrior.fit(known, round(2**layer.bits), steps, protocol.prior_steps, seed, width=64)
+        prior = IndexPrior.fit(grids[TAUGHT], round(2**layer.bits), steps, protocol.prior_steps, seed, width=64)
         bits, count = sum(prior.bits(g) for g in grids[PHOTOGRAPHS]), sum(g.numel() for g in grids[PHOTOGRAPHS])
         row["prior_bits"] = bits / count
     return row
@@ -266,6 +271,18 @@ def mean(rows: Sequence[dict[str, Any]], key: str, pictures_of: str = PHOTOGRAPH
     return float(np.mean([r[pictures_of][key] if key in r[pictures_of] else r[key] for r in rows]))
 
 
+def seeds_row(
+    title: str, metric: str, ours: Sequence[float], theirs: Sequence[float] | float, better: str, name: str, margin: float = 0.0,
+    slack: float = 0.0, note: str = "",
+) -> Row:  # fmt: skip
+    """A row of a claim: means over the seeds, each seed in the note, which ``note`` ends. ``theirs``: of as many trainings, or one number."""
+    told = f"{len(ours)} seeds: {', '.join(f'{v:.4g}' for v in ours)}"
+    if not isinstance(theirs, (int, float)):
+        told += f"; the other side: {', '.join(f'{v:.4g}' for v in theirs)}"
+    return Row(claim=title, metric=metric, ours=float(np.mean(ours)), baseline=float(np.mean(theirs)), baseline_name=name, better=better,
+               margin=margin, slack=slack, note=told + note)  # fmt: skip
+
+
 def compared(
     title: str, key: str, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]] | float, better: str,
     name: str = "", metric: str = "", margin: float = 0.0, slack: float = 0.0,
@@ -279,15 +296,55 @@ def compared(
     for of in (PHOTOGRAPHS, KODAK, TAUGHT):
         if of not in ours[0] or (key == "prior_bits" and of != PHOTOGRAPHS) or (key != "use" and of == TAUGHT):
             continue
-        each = [f"{mean([r], key, of):.4g}" for r in ours]
-        note = f"{len(ours)} seeds: {', '.join(each)}"
-        if isinstance(theirs, (int, float)):
-            other = float(theirs)
-        else:
-            other, name = mean(theirs, key, of), name or str(theirs[0]["method"])
-            note += f"; the other side: {', '.join(f'{mean([r], key, of):.4g}' for r in theirs)}"
-        yield Row(claim=f"{title}, {of}", metric=metric or units[key], ours=mean(ours, key, of), baseline=other, baseline_name=name,
-                  better=better, margin=margin, slack=slack, note=note)  # fmt: skip
+        values, other = [mean([r], key, of) for r in ours], theirs
+        if not isinstance(theirs, (int, float)):
+            other, name = [mean([r], key, of) for r in theirs], name or str(theirs[0]["method"])
+        yield seeds_row(f"{title}, {of}", metric or units[key], values, other, better, name, margin, slack)
+
+
+#: How much of a codebook is to be in use, in words, as a share, and in words for the other side.
+NEARLY_ALL, MOST = ("nearly all", 0.95, "19 of 20"), ("most", 0.8, "four of five")
+
+
+def codes_in_use(
+    codes: int,
+    ours: Sequence[dict[str, Any]],
+    theirs: Sequence[dict[str, Any]],
+    enough: tuple[str, float, str] = NEARLY_ALL,
+    what: str = "",
+) -> Iterator[Row]:
+    """Rows of a codebook beside :func:`plain`'s with as many ``codes``: more in use, enough of them, and less error. ``what`` ends the titles."""
+    words, share, name = enough
+    yield from compared(f"more of {codes} codes used than of vq-vae's{what}", "use", ours, theirs, "higher", margin=0.1)
+    yield from compared(f"{words} of {codes} codes used{what}", "use", ours, share, "higher", name=name)
+    yield from compared(f"less reconstruction error than vq-vae, {codes} codes{what}", "mse", ours, theirs, "lower")
+
+
+def bits_in_use(method: str, bits: int, seed: int) -> Iterator[Row]:
+    """Rows of codes that are bits beside :func:`plain`'s: more in use, their joint entropy near their length, and less error."""
+    ours, theirs = trials(method, seed=seed), trials(plain(bits), seed=seed)
+    yield from compared(f"more of 2^{bits} codes used than of vq-vae's", "use", ours, theirs, "higher", margin=0.1)
+    yield from compared(
+        f"joint entropy above 0.9 of {bits} bits", "order0", ours, 0.9 * bits, "higher", name=f"0.9 of {bits} bits"
+    )
+    yield from compared(f"less reconstruction error than vq-vae, {bits} bits", "mse", ours, theirs, "lower")
+
+
+def trained_longer(
+    method: str, bits: int, steps: int, before: Protocol, seed: int, enough: tuple[str, float, str] = NEARLY_ALL
+) -> Iterator[Row]:
+    """Rows of 2^``bits`` codes after ``steps`` steps: beside those after the protocol ``before``, and beside :func:`plain`'s; one seed."""
+    codes, (words, share, name), protocol = 2**bits, enough, Protocol(steps=steps, prior_steps=0)
+    ours, theirs, short = (trials(m, p, seed, 1) for m, p in ((method, protocol), (plain(bits), protocol), (method, before)))
+    yield from compared(f"more of {codes} codes used after {steps:,} steps than after {before.steps:,}", "use", ours, short, "higher", margin=0.1,
+                        name=f"{before.steps:,} steps")  # fmt: skip
+    yield from compared(f"{words} of {codes} codes used after {steps:,} steps", "use", ours, share, "higher", name=name)
+    yield from compared(
+        f"more of {codes} codes used than of vq-vae's, {steps:,} steps each", "use", ours, theirs, "higher", margin=0.1
+    )
+    yield from compared(
+        f"less reconstruction error than vq-vae, {codes} codes, {steps:,} steps each", "mse", ours, theirs, "lower"
+    )
 
 
 def plain(bits: int, dim: int = Protocol().dim) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tersor
 from tersor.evidence import Row, claim
-from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, compared, pictures, plain, trained, trials
+from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, Protocol, bits_in_use, pictures, trained
 
 _SIDE = 8  # tokens
 
@@ -22,12 +22,7 @@ _SIDE = 8  # tokens
 def codebook_use(seed: int) -> Iterator[Row]:
     """At 10 and 13 bits a vector, beside a codebook of moving averages with as many."""
     for bits in (10, 13):
-        ours, theirs = trials(f"maskbit:bits={bits},dim=32", seed=seed), trials(plain(bits), seed=seed)
-        yield from compared(f"more of 2^{bits} codes used than of vq-vae's", "use", ours, theirs, "higher", margin=0.1)
-        yield from compared(
-            f"joint entropy above 0.9 of {bits} bits", "order0", ours, 0.9 * bits, "higher", name=f"0.9 of {bits} bits"
-        )
-        yield from compared(f"less reconstruction error than vq-vae, {bits} bits", "mse", ours, theirs, "lower")
+        yield from bits_in_use(f"maskbit:bits={bits},dim=32", bits, seed)
 
 
 def _blocks(network: Any, layer: Any, images: list[Tensor]) -> Tensor:

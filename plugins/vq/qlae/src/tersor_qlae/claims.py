@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tersor import quantizer, track
 from tersor.evidence import Row, claim
-from tersor_kit_vq.contest import SEEDS, Protocol, compared, plain, trials
+from tersor_kit_vq.contest import SEEDS, Protocol, compared, plain, seeds_row, trials
 from tersor_qlae.infomec import InfoMEC, infomec
 from tersor_qlae.qlae import Qlae, parameter_groups
 from tersor_qlae.sprites import SIDE, SOURCES, every_combination, render
@@ -85,16 +85,14 @@ def _row(seed: int, varied: tuple[str, ...], score: str, theirs: tuple[bool, flo
     for side in ((True, STRONG), theirs):
         found = [disentangled(varied, *side, s) for s in range(seed, seed + len(SEEDS))]
         sides.append([f[2] if score == "reconstruction" else float(getattr(f[int(cut)], score)) for f in found])
-    ours, other = sides
     metric = {
         "modularity": "InfoM",
         "explicitness": "InfoE",
         "compactness": "InfoC",
         "reconstruction": "mean squared error of pictures",
     }
-    note = f"{len(SEEDS)} seeds: {', '.join(f'{v:.4g}' for v in ours)}; the other side: {', '.join(f'{v:.4g}' for v in other)}"
-    return Row(claim=f"{score} better than of {name}, {len(varied)} sources", metric=metric[score], ours=sum(ours) / len(ours),
-               baseline=sum(other) / len(other), baseline_name=name, better="lower" if score == "reconstruction" else "higher", note=note)  # fmt: skip
+    better = "lower" if score == "reconstruction" else "higher"
+    return seeds_row(f"{score} better than of {name}, {len(varied)} sources", metric[score], *sides, better, name)
 
 
 @claim("latent quantization with strong weight decay: codes that stand for single sources, where an autoencoder mixes them")

@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor.api import as_method
 from tersor.evidence import Row, claim
 from tersor_kit_vq import Quantized
-from tersor_kit_vq.contest import SEEDS, TAUGHT, Protocol, compared, judge, pictures, plain, trained, trials
+from tersor_kit_vq.contest import SEEDS, Protocol, compared, judge, plain, sets, trained, trials
 
 
 class _Continuous:
@@ -27,9 +27,9 @@ class _Continuous:
 def _judged(method: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """One training: judged with its continuous values, and with what is stored."""
     network, layer = trained(as_method(method), seed, Protocol())
-    rows, sets = [], {**pictures()[1], TAUGHT: pictures()[0]}
+    rows = []
     for name, quantizer in ((f"{method}, continuous", _Continuous(layer)), (method, layer)):
-        rows.append({"method": name, **{of: judge(network, quantizer, images)[0] for of, images in sets.items()}})
+        rows.append({"method": name, **{of: judge(network, quantizer, images)[0] for of, images in sets().items()}})
     return rows[0], rows[1]
 
 

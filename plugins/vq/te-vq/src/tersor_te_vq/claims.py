@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersor.api import as_method
 from tersor.evidence import Row, claim
-from tersor_kit_vq.contest import PHOTOGRAPHS, PatchAutoencoder, Protocol, judge, pictures, plain, trained
+from tersor_kit_vq.contest import PHOTOGRAPHS, SEEDS, PatchAutoencoder, Protocol, judge, pictures, plain, seeds_row, trained
 from tersor_te_vq.te_vq import orthogonality
 
 _SIDE = 256  # pixels of the window that moves
@@ -56,10 +56,8 @@ def _measured(method: str, seed: int) -> dict[str, float]:
 
 
 def _rows(title: str, key: str, metric: str, ours: str, theirs: str, better: str, seed: int, margin: float = 0.0) -> Row:
-    sides = [[_measured(m, s)[key] for s in range(seed, seed + 3)] for m in (ours, theirs)]
-    note = "; the other side: ".join(", ".join(f"{v:.4g}" for v in side) for side in sides)
-    return Row(claim=title, metric=metric, ours=float(np.mean(sides[0])), baseline=float(np.mean(sides[1])), baseline_name=theirs,
-               better=better, margin=margin, note=f"3 seeds: {note}; four photographs")  # fmt: skip
+    sides = [[_measured(m, s)[key] for s in range(seed, seed + len(SEEDS))] for m in (ours, theirs)]
+    return seeds_row(title, metric, *sides, better, theirs, margin, note="; four photographs")
 
 
 @claim("with codewords at right angles, more indices stay the same when an image moves")

@@ -13,7 +13,20 @@ from torch.nn import functional
 from tersor.api import as_method
 from tersor.evidence import Row, claim
 from tersor_kit_vq import FACTOR, kmeans
-from tersor_kit_vq.contest import SEEDS, TAUGHT, Protocol, compared, judge, pictures, plain, trained, trials
+from tersor_kit_vq.contest import (
+    MOST,
+    SEEDS,
+    Protocol,
+    codes_in_use,
+    compared,
+    judge,
+    pictures,
+    plain,
+    sets,
+    trained,
+    trained_longer,
+    trials,
+)
 
 PATCH = 3 * FACTOR**2
 
@@ -43,8 +56,7 @@ class _OfPixels:
 
 def _judged(method: _OfPixels, seed: int, protocol: Protocol) -> dict[str, Any]:
     network, layer = trained(method, seed, protocol)
-    learned, judged = pictures()
-    return {"method": str(method), **{of: judge(network, layer, images)[0] for of, images in {**judged, TAUGHT: learned}.items()}}
+    return {"method": str(method), **{of: judge(network, layer, images)[0] for of, images in sets().items()}}
 
 
 def _seeds(codes: int, features: Tensor, seed: int, protocol: Protocol) -> list[dict[str, Any]]:
@@ -58,9 +70,7 @@ def large_codebook(seed: int) -> Iterator[Row]:
     ours = trials("vqgan-lc:codes=8192,dim=32", seed=seed)
     of_pixels = _seeds(8192, kmeans(pixels(), 8192, 5)[0], seed, Protocol())
     for rows, what in ((of_pixels, "features of pixels"), (ours, "features of the first batch")):
-        yield from compared(f"more of 8192 codes used than of vq-vae's, {what}", "use", rows, theirs, "higher", margin=0.1)
-        yield from compared(f"most of 8192 codes used, {what}", "use", rows, 0.8, "higher", name="four of five")
-        yield from compared(f"less reconstruction error than vq-vae, 8192 codes, {what}", "mse", rows, theirs, "lower")
+        yield from codes_in_use(8192, rows, theirs, MOST, f", {what}")
 
 
 @claim("a larger codebook yet reconstructs better, where a plain one gains little")
@@ -78,12 +88,4 @@ def larger(seed: int) -> Iterator[Row]:
 @claim("trained longer, more of a large codebook is used")
 def longer(seed: int) -> Iterator[Row]:
     """8,192 codes, 4,000 steps in place of 1,000, one seed."""
-    protocol, name = Protocol(steps=4000, prior_steps=0), "vqgan-lc:codes=8192,dim=32"
-    ours, theirs = trials(name, protocol, seed, 1), trials(plain(13), protocol, seed, 1)
-    short = trials(name, seed=seed, count=1)
-    yield from compared(
-        "more of 8192 codes used after 4,000 steps than after 1,000", "use", ours, short, "higher", margin=0.1, name="1,000 steps"
-    )
-    yield from compared("nearly all of 8192 codes used after 4,000 steps", "use", ours, 0.95, "higher", name="19 of 20")
-    yield from compared("more of 8192 codes used than of vq-vae's, 4,000 steps each", "use", ours, theirs, "higher", margin=0.1)
-    yield from compared("less reconstruction error than vq-vae, 8192 codes, 4,000 steps each", "mse", ours, theirs, "lower")
+    return trained_longer("vqgan-lc:codes=8192,dim=32", 13, 4000, Protocol(), seed)
