@@ -25,7 +25,7 @@ def most():  # of this program alone, in kB (ru_maxrss knows the parent's too)
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 side, count, size, dim = sys.argv[1], *map(int, sys.argv[2:])
-x, words = torch.randn(1, count, dim), torch.randn(size, dim)
+x = torch.randn(1, count, dim)
 if side != "theirs":
     from tersor.api import as_method
     layer = as_method(side).layer()
@@ -142,38 +142,36 @@ def codebooks(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
 def others(size: Size, count: int, dim: int, x: torch.Tensor) -> list[Row]:
     """The other methods with a codebook or bits: a training step with 1,024 and 16,384 codes, one thread, beside the peer's where it has one."""
     peers: dict[str, tuple[str, Callable[[], Any], float | None]] = {}
-    here = there("vector_quantize_pytorch")
     rows = []
     for codes in size.pick((64,), (1024, 16384)):
         bits, many = codes.bit_length() - 1, codes > 4096
         half = 2 ** (bits // 2)
-        if here:
+        if there("vector_quantize_pytorch"):
             from vector_quantize_pytorch import LFQ, ResidualVQ, SimVQ, VectorQuantize
 
             ema = dict(dim=dim, codebook_size=codes, decay=0.99, commitment_weight=0.25)
             peers = {
-                f"rotation-trick:codes={codes}": ("VectorQuantize, rotation", lambda e=ema: VectorQuantize(rotation_trick=True, **e), 5.0),
-                f"simvq:codes={codes}": ("SimVQ", lambda c=codes: SimVQ(dim=dim, codebook_size=c), 1.0),
-                f"rq-vae:codes={codes},depth=4": ("ResidualVQ, 4 levels", lambda e=ema: ResidualVQ(num_quantizers=4, **e), 5.0),
+                f"rotation-trick:codes={codes},dim={dim}": ("VectorQuantize, rotation", lambda e=ema: VectorQuantize(rotation_trick=True, **e), 5.0),
+                f"simvq:codes={codes},dim={dim}": ("SimVQ", lambda c=codes: SimVQ(dim=dim, codebook_size=c), 1.0),
+                f"rq-vae:codes={codes},dim={dim},depth=4": ("ResidualVQ, 4 levels", lambda e=ema: ResidualVQ(num_quantizers=4, **e), 5.0),
                 # the entropy over all codes is what makes the difference
-                f"bsq:bits={bits}": ("LFQ, spherical", lambda c=codes: LFQ(dim=dim, codebook_size=c, spherical=True), 100.0 if many else 5.0),
-                f"maskbit:bits={bits}": ("LFQ", lambda c=codes: LFQ(dim=dim, codebook_size=c), 100.0 if many else 5.0),
+                f"bsq:bits={bits},dim={dim}": ("LFQ, spherical", lambda c=codes: LFQ(dim=dim, codebook_size=c, spherical=True), 100.0 if many else 5.0),
+                f"maskbit:bits={bits},dim={dim}": ("LFQ", lambda c=codes: LFQ(dim=dim, codebook_size=c), 100.0 if many else 5.0),
             }  # fmt: skip
         alone = [
-            *(f"{name}:codes={codes}" for name in ("cvq-vae", "optvq", "ibq", "softvq", "vqgan-lc", "ste-affine", "te-vq")),
-            f"hifi-codec:codes={codes}", f"fqgan:codes=[{half},{codes // half}]", f"dkvb:heads=1,codes={codes}", f"qlae:values=8,dim={dim}",
+            *(f"{name}:codes={codes},dim={dim}" for name in ("cvq-vae", "optvq", "ibq", "softvq", "vqgan-lc", "ste-affine", "te-vq")),
+            f"hifi-codec:codes={codes},dim={dim}", f"fqgan:codes=[{half},{codes // half}],dim={dim}", f"dkvb:heads=1,codes={codes},dim={dim}", f"qlae:values=8,dim={dim}",
         ]  # fmt: skip
         for ours in (*peers, *alone):
-            full = ours if "dim=" in ours else f"{ours},dim={dim}"
-            say(full)
+            say(ours)
             peer, build, aim = peers.get(ours, ("", None, None))
-            sides = {"ours": as_method(full).layer().train()} | ({"peer": build().train()} if build else {})
+            sides = {"ours": as_method(ours).layer().train()} | ({"peer": build().train()} if build else {})
             sides["ours"](x)  # a codebook may start from the first batch by k-means, which the peer's does not
             seconds = turns({k: functools.partial(both, m, x) for k, m in sides.items()}, 1 if many else size.pick(1, 3))
             rows.append(
-                Row(case=f"{full}, 1 thread", measure="training step", unit="thousand vectors/s", ours=count / seconds["ours"] / 1e3,
+                Row(case=f"{ours}, 1 thread", measure="training step", unit="thousand vectors/s", ours=count / seconds["ours"] / 1e3,
                     peer=f"vector-quantize-pytorch {peer}" if peer else "", theirs=count / seconds["peer"] / 1e3 if peer else None, aim=aim,
-                    note=f"{peak(full, count, codes, dim):.0f} MB; all distances: {4 * count * codes / 1e6:.0f} MB")
+                    note=f"{peak(ours, count, codes, dim):.0f} MB; all distances: {4 * count * codes / 1e6:.0f} MB")
             )  # fmt: skip
     return rows
 

@@ -130,7 +130,7 @@ def sources_digest(method: Any, judges: Iterable[Any] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _clock() -> float:
+def clock() -> float:
     """Seconds: of this process with one thread, so that other work on the machine does not count; else of the wall."""
     import torch
 
@@ -145,11 +145,11 @@ def decoded_per_second(model: Any, new_tokens: int) -> float:
     times = []
     with torch.no_grad():  # some libraries' weights are no inference tensors
         for count in (1, 1, 1 + new_tokens):  # the first is for what happens once
-            start = _clock()
+            start = clock()
             model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
             )  # fmt: skip
-            times.append(_clock() - start)
+            times.append(clock() - start)
     return new_tokens / (times[2] - times[1])
 
 
@@ -191,9 +191,9 @@ def measured(folder: str | os.PathLike[str], name: str, protocol: Protocol, cali
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # into memory: a mapped file's pages would count where they are first read
     before = _restart_peak()
-    start = _clock()
+    start = clock()
     bits, own, runs = change(model, batches)
-    row: dict[str, Any] = {"method": name, "name": name.partition(":")[0], "bits": bits, "seconds": _clock() - start}
+    row: dict[str, Any] = {"method": name, "name": name.partition(":")[0], "bits": bits, "seconds": clock() - start}
     row["method_seconds"] = row["seconds"] if own is None else own
     row["peak_bytes"] = None if before is None else max((_resident("VmHWM") or before) - before, 0)
     row["perplexity"] = perplexities(model, tokenizer, protocol)
@@ -268,12 +268,12 @@ class Stopwatch:
 
     @hookimpl(wrapper=True)
     def tersor_operation(self, operation: str) -> Any:
-        start = _clock()
+        start = clock()
         try:
             return (yield)
         finally:
             if operation in ("quantize", "encode"):
-                self.seconds += _clock() - start
+                self.seconds += clock() - start
 
     def __enter__(self) -> Stopwatch:
         registry._manager().register(self)

@@ -95,6 +95,7 @@ class BSQ(VectorQuantizer):
     """
 
     name = "bsq"
+    beside = ("prior.",)
     bits: int = field(14, between(1, 64), help="L, dimensions of the sphere and bits of a vector")
     dim: int = field(64, between(1, 1 << 14), help="dimensions of a vector")
     group: int = field(9, between(1, 20), help="bits whose joint codes the codebook entropy sees")
@@ -109,13 +110,6 @@ class BSQ(VectorQuantizer):
     def _layer(self) -> BSQLayer:
         return BSQLayer(self.bits, self.dim, self.group, self.temperature, self.entropy, self.gamma, self.commitment)
 
-    def layer(self, fitted: bool = False) -> BSQLayer:
-        layer: BSQLayer = super().layer()
-        if fitted:
-            layer.load_state_dict({k: v for k, v in self.state.items() if not k.startswith("prior.")})
-            layer.eval()
-        return layer
-
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
         return [cls(bits=bits, dim=dim)]
@@ -125,9 +119,8 @@ class BSQ(VectorQuantizer):
     def with_layer(self, layer: BSQLayer, latents: Sequence[Tensor] = ()) -> Self:
         """A copy with a layer trained elsewhere; with ``prior="autoregressive"`` the prior learns from ``latents`` (each float ... x dim).
         Raises :class:`tersor.InputError` where there are none, :class:`tersor.StateError` for a layer of another shape."""
-        state = {k: v.detach().clone() for k, v in layer.state_dict().items()}
-        fitted = self.with_state(state)
-        return fitted if self.prior == "none" else self.with_state(state | fitted._fit_prior(latents))
+        fitted = super().with_layer(layer)
+        return fitted if self.prior == "none" else self.with_state(fitted.state | fitted._fit_prior(latents))
 
     def _fit(self, samples: list[Tensor]) -> dict[str, Tensor]:
         state = super()._fit(samples)

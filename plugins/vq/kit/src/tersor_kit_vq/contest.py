@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from tersor import InputError
 from tersor.api import as_method
 from tersor.evidence import Row, data
 from tersor.files import atomic_write
-from tersor.model.board import sources_digest
+from tersor.model.board import clock, sources_digest
 from tersor.progress import track
 from tersor.registry import cache_folder
 from tersor_kit_vq.autoencoder import FACTOR, Residual, crops
@@ -155,10 +154,6 @@ def trial(method: Any, seed: int = 0, protocol: Protocol | None = None) -> dict[
     return row
 
 
-def _clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
 def trained(
     method: Any, seed: int, protocol: Protocol, beside: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 ) -> tuple[PatchAutoencoder, Any]:
@@ -191,14 +186,14 @@ def trained(
 
 @torch.no_grad()
 def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
-    start = _clock()
+    start = clock()
     network, layer = trained(method, seed, protocol)
     row: dict[str, Any] = {
         "method": str(method),
         "name": method.name,
         "seed": seed,
         "bits": layer.bits,
-        "seconds": _clock() - start,
+        "seconds": clock() - start,
     }
     grids: dict[str, list[Tensor]] = {}
     for name, images in sets().items():
@@ -208,11 +203,11 @@ def _trial(method: Any, seed: int, protocol: Protocol) -> dict[str, Any]:
     z = network.encode(functional.interpolate(pictures()[1][PHOTOGRAPHS][0][None], (512, 512)))
     codes = layer(z).codes
     for what, call in (("encode", lambda: layer(z)), ("decode", lambda: layer.codes_to_values(codes))):
-        begin, count = _clock(), 0
-        while count < 3 or _clock() - begin < 0.2:
+        begin, count = clock(), 0
+        while count < 3 or clock() - begin < 0.2:
             call()
             count += 1
-        row[what] = count * (z.numel() // z.shape[-1]) / (_clock() - begin)
+        row[what] = count * (z.numel() // z.shape[-1]) / (clock() - begin)
     row["prior_bits"] = None
     if protocol.prior_steps and 2**layer.bits <= _PRIOR_LIMIT:
         steps = track(range(protocol.prior_steps), f"training the prior of {method}, seed {seed}")

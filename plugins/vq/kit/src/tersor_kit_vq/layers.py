@@ -166,16 +166,23 @@ def fit_layer(
     return layer.eval()
 
 
+def layer_state(layer: nn.Module) -> dict[str, Tensor]:
+    """A copy of a layer's state, as that of a method."""
+    return {k: v.detach().clone() for k, v in layer.state_dict().items()}
+
+
 class VectorQuantizer(Quantizer):
     """A method that is a :class:`VectorLayer` and stores its codes, in as many bits as their number needs.
 
     A method has the fields ``dim``, ``steps`` and ``seed``, gives :meth:`_layer`, and :meth:`at_code_bits` to be compared. Its
-    state is that of the layer, which :meth:`fit` trains on vectors alone.
+    state is that of the layer, which :meth:`fit` trains on vectors alone; what it has beside that, as a prior, has names that begin with
+    one of ``beside``.
     """
 
     domains = ("latent",)
     native = "torch"
     fitted = True
+    beside: tuple[str, ...] = ()
 
     dim: int
     steps: int
@@ -191,9 +198,15 @@ class VectorQuantizer(Quantizer):
             torch.manual_seed(self.seed)
             layer = self._layer()
         if fitted:
-            layer.load_state_dict(self.state)
+            layer.load_state_dict({k: v for k, v in self.state.items() if not k.startswith(self.beside)})
             layer.eval()
         return layer
+
+    def with_layer(self, layer: VectorLayer) -> Self:
+        """A copy with a layer trained elsewhere, and nothing beside it. Raises :class:`tersor.StateError` for a layer of another shape."""
+        fitted = self.with_state(layer_state(layer))
+        fitted._trained  # noqa: B018  shapes are checked here
+        return fitted
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
@@ -208,7 +221,7 @@ class VectorQuantizer(Quantizer):
         else:
             near, scale, offset = standard(check_vectors(vectors, self.dim, self.name), layer.centred)
             fit_layer(layer, near, self.steps, self.seed).move(scale, offset)
-        return {k: v.detach().clone() for k, v in layer.state_dict().items()}
+        return layer_state(layer)
 
     @functools.cached_property
     def _trained(self) -> VectorLayer:

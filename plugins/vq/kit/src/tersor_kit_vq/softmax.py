@@ -27,10 +27,11 @@ class Posterior(NamedTuple):
     mean_entropy: Tensor
 
 
-def _tiles(x: Tensor, keys: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits, x . keys' + bias, which are overwritten by the next."""
-    rows = min(max(16, _TILE // len(keys)), max(len(x), 1))
-    buffer, turned = x.new_empty(rows, len(keys)), keys.T.contiguous()
+def _tiles(x: Tensor, turned: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits, x . ``turned`` (d x K) + bias, which are overwritten by the next."""
+    size = turned.shape[1]
+    rows = min(max(16, _TILE // size), max(len(x), 1))
+    buffer = x.new_empty(rows, size)
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
         logits = buffer[: len(part)]
@@ -62,7 +63,7 @@ class _Posterior(torch.autograd.Function):
         values = x.new_empty(0 if hard else count, words.shape[1])
         sample, mean = x.new_zeros(()), x.new_zeros(size)
         weights = None
-        for rows, logits in _tiles(x, keys, bias):
+        for rows, logits in _tiles(x, keys.T.contiguous(), bias):
             codes[rows] = chosen = _largest(logits)
             if sharpness or not hard:
                 weights = torch.empty_like(logits) if weights is None else weights[: len(logits)]
@@ -96,8 +97,8 @@ class _Posterior(torch.autograd.Function):
         on_x, on_keys, on_words, on_bias = ctx.needs_input_grad[:4]
         for_x = torch.zeros_like(x) if on_x else None
         # of few dimensions, the products with d rows are several times as fast as those with d columns
-        turned = keys.T.contiguous().T
-        for_keys = keys.new_zeros(keys.shape[::-1]).T if on_keys else None
+        turned = keys.T.contiguous()
+        for_keys = keys.new_zeros(turned.shape).T if on_keys else None
         for_words = words.new_zeros(words.shape[::-1]).T if on_words else None
         for_bias = torch.zeros_like(bias) if on_bias and bias is not None else None
         if for_words is not None and hard and of_values is not None:
@@ -109,7 +110,7 @@ class _Posterior(torch.autograd.Function):
         # d(-sum m log(m + eps)) / dm, for each code
         slope = None if of_mean is None else -of_mean * ((mean + epsilon).log() + mean / (mean + epsilon))
         weights = change = None
-        for rows, logits in _tiles(x, keys, bias):
+        for rows, logits in _tiles(x, turned, bias):
             weights = torch.empty_like(logits) if weights is None else weights[: len(logits)]
             change = torch.empty_like(logits) if change is None else change[: len(logits)]
             if of_values is not None:
@@ -131,7 +132,7 @@ class _Posterior(torch.autograd.Function):
                 sharp.addcmul_(weights, sharp.sum(1, keepdim=True), value=-1)
                 change.add_(sharp, alpha=sharpness / len(x))
             if for_x is not None:
-                torch.mm(change, turned, out=for_x[rows])
+                torch.mm(change, turned.T, out=for_x[rows])
             if for_keys is not None:
                 for_keys.T.addmm_(x[rows].T, change)
             if for_bias is not None:
@@ -176,7 +177,7 @@ def likeliest(x: Tensor, keys: Tensor, bias: Tensor | None = None, kept: int = 1
         raise InputError(f"of {len(keys)} codewords 1 to {len(keys)} can be kept; given: {kept}")
     codes = torch.empty(len(x), kept, dtype=torch.int64, device=x.device)
     ratios = x.new_ones(len(x), kept)
-    for rows, logits in _tiles(x, keys, bias):
+    for rows, logits in _tiles(x, keys.T.contiguous(), bias):
         if kept == 1:
             codes[rows, 0] = _largest(logits)
         else:

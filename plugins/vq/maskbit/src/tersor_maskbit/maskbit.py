@@ -58,6 +58,7 @@ class MaskBit(VectorQuantizer):
     """
 
     name = "maskbit"
+    beside = ("generator.",)
     bits: int = field(14, between(1, 64), help="bits of a vector")
     dim: int = field(64, between(1, 1 << 14), help="dimensions of a vector")
     group: int = field(18, between(1, 20), help="bits up to which the codebook entropy is over all codes; groups of them beyond")
@@ -82,19 +83,6 @@ class MaskBit(VectorQuantizer):
 
     def _layer(self) -> MaskBitLayer:
         return MaskBitLayer(self.bits, self.dim, self.group, self.temperature, self.entropy, self.gamma, self.commitment)
-
-    def layer(self, fitted: bool = False) -> MaskBitLayer:
-        layer: MaskBitLayer = super().layer()
-        if fitted:
-            layer.load_state_dict({k: v for k, v in self.state.items() if not k.startswith("generator.")})
-            layer.eval()
-        return layer
-
-    def with_layer(self, layer: MaskBitLayer) -> Self:
-        """A copy with a layer trained elsewhere, without a generator. Raises :class:`tersor.StateError` for a layer of another shape."""
-        fitted = self.with_state({k: v.detach().clone() for k, v in layer.state_dict().items()})
-        fitted._trained  # noqa: B018  shapes are checked here
-        return fitted
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
@@ -152,7 +140,7 @@ class MaskBit(VectorQuantizer):
                 (total / count.clamp(min=1)).backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
-        state = {k: v for k, v in self.state.items() if not k.startswith("generator.")}
+        state = {k: v for k, v in self.state.items() if not k.startswith(self.beside)}
         state |= {f"generator.{k}": v.detach().clone() for k, v in network.state_dict().items()}
         return self.with_state(state | {"generator.grid": torch.tensor(codes.shape[1:3])})
 

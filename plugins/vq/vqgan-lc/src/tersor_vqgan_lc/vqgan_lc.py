@@ -15,6 +15,7 @@ from tersor_kit_vq import (
     check_vectors,
     fit_layer,
     kmeans,
+    layer_state,
     mean_square,
     nearest,
     straight_through,
@@ -128,8 +129,7 @@ class VQGANLC(VectorQuantizer):
         vectors, layer = torch.cat([self._flat(s) for s in samples]), self.layer()
         if len(vectors) and layer.features.dim == self.dim:
             self._freeze(layer, vectors)
-        fit_layer(layer, vectors, self.steps, self.seed)
-        return {k: v.detach().clone() for k, v in layer.state_dict().items()}
+        return layer_state(fit_layer(layer, vectors, self.steps, self.seed))
 
     @classmethod
     def at_code_bits(cls, bits: int, dim: int) -> list[Self]:
