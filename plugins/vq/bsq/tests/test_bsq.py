@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -140,36 +136,18 @@ def test_settings_and_states_that_do_not_fit():
 
 
 _WORKER = """
-import sys
-import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-import tersor
-
-torch.set_num_threads(1)
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 layer = DistributedDataParallel(tersor.quantizer("bsq", bits=6, dim=4, gamma=3.0, group=3).layer(), find_unused_parameters=True)
 x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))[(0 if rank == 0 else 40) : 40]
-out = layer(x)
+result = layer(x)
 # of the loss alone, whose codebook entropy is that of both halves; the second process has no vectors
-(out.loss + 0 * out.values.sum()).backward()
-torch.save([p.grad for p in layer.parameters()], f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+(result.loss + 0 * result.values.sum()).backward()
+out = [p.grad for p in layer.parameters()]
 """
 
 
-def test_processes_share_the_codebook_entropy(tmp_path):
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True, env=os.environ
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_processes_share_the_codebook_entropy(in_two_processes):
+    first, second = in_two_processes(_WORKER)
     layer = tersor.quantizer("bsq", bits=6, dim=4, gamma=3.0, group=3).layer()
     x = vectors(40, 4)
     u = layer.sphere(x)

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -184,14 +181,6 @@ def test_fit_uses_the_whole_codebook_at_any_scale():
 
 
 _WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-import tersor
-
-torch.set_num_threads(1)
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 out = []
 for settings in ({"anchor": "closest"}, {"anchor": "closest", "distance": "cos"}, {}, {"anchor": "probrandom"}):
     layer = tersor.quantizer("cvq-vae", codes=20, dim=4, **settings).layer()
@@ -200,20 +189,11 @@ for settings in ({"anchor": "closest"}, {"anchor": "closest", "distance": "cos"}
         x = torch.randn(sum(count), 4, generator=torch.Generator().manual_seed(step))
         layer(x[: count[0]] if rank == 0 else x[count[0] :])
     out.append({k: v.detach() for k, v in layer.state_dict().items()})
-torch.save(out, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
-def test_all_processes_keep_one_codebook(tmp_path):
-    workers = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}) for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_all_processes_keep_one_codebook(in_two_processes):
+    first, second = in_two_processes(_WORKER)
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)

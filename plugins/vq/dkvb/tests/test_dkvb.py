@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,21 +151,15 @@ def test_fit_and_typed_errors():
 
 
 _RANK = """
-import sys, torch, tersor, torch.distributed as dist
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 layer = tersor.quantizer("dkvb", codes=9, heads=2, dim=4, key_steps=6).layer()
 torch.manual_seed(rank)
 for step in range(8):
     layer(torch.randn((20, 0)[(rank + step) % 2] if step % 3 else 12, 4) + rank)
-torch.save({k: v for k, v in layer.state_dict().items()}, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+out = {k: v for k, v in layer.state_dict().items()}
 """
 
 
-def test_all_processes_keep_the_same_keys(tmp_path):
-    processes = [subprocess.Popen([sys.executable, "-c", _RANK, str(r), str(tmp_path)]) for r in range(2)]
-    assert [p.wait(60) for p in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+def test_all_processes_keep_the_same_keys(in_two_processes):
+    first, second = in_two_processes(_RANK)
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert int(first["keys.left"]) == 0

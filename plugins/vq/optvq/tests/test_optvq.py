@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,33 +168,16 @@ def test_fit_does_not_depend_on_the_scale(scale):
 
 
 _WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-import tersor
-
-torch.set_num_threads(1)
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 layer = tersor.quantizer("optvq", codes=30, dim=4).layer()
 out = []
 for step, count in enumerate(((60, 40), (50, 0), (0, 0), (1, 0), (1, 2))):
     x = torch.randn(sum(count), 4, generator=torch.Generator().manual_seed(step))
     out.append(layer(x[: count[0]] if rank == 0 else x[count[0] :]).codes)
-torch.save(out, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
-def test_several_processes_solve_one_problem(tmp_path):
-    workers = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}) for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_several_processes_solve_one_problem(in_two_processes):
+    parts = in_two_processes(_WORKER)
     layer = tersor.quantizer("optvq", codes=30, dim=4).layer()
     for step, count in enumerate((100, 50, 0, 1, 3)):
         x = normal(count, 4, seed=step)

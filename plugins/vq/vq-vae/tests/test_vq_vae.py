@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -199,31 +196,15 @@ def test_fitting_again_gives_the_same_state():
 
 
 _WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-import tersor
-
-torch.set_num_threads(1)
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 layer = tersor.quantizer("vq-vae", codes=11, dim=4, encoder="none").layer()
 for step in range(3):
     layer(torch.randn(40, 4, generator=torch.Generator().manual_seed(10 * step + rank)))
-torch.save(layer.codebook.words, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
+out = layer.codebook.words
 """
 
 
-def test_all_processes_keep_one_codebook(tmp_path):
-    workers = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+def test_all_processes_keep_one_codebook(in_two_processes):
+    first, second = in_two_processes(_WORKER)
     assert torch.equal(first, second)
     # as one process with both halves, started from the first's
     layer = small().layer()
