@@ -110,8 +110,8 @@ def _row(
 
 @claim("the regulariser lowers the redundancy between factors; with alignment a factor tells more of the teacher's features")
 def factors(seed: int) -> Iterator[Row]:
-    """Two factors of 64 codewords, 500 steps, three seeds. Two teachers: the surroundings of a patch, and orientations of gradients, of which a head learns
-    nothing in that time that the mean does not tell, from factors that are not quantized either."""
+    """Two factors of 64 codewords, 500 steps, three seeds. Two teachers: the surroundings of a patch, and orientations of gradients, which are
+    harder to learn in that time."""
     kinds = ("plain", "regularised", "aligned")
     for teacher in TEACHERS:
         found = {k: [_measured(teacher, k, s) for s in range(seed, seed + len(SEEDS))] for k in kinds}
